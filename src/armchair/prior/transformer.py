@@ -1,0 +1,218 @@
+"""The prior: a decoder-only transformer over text and image tokens as one stream (paper, section 2.2).
+
+Legend: B batch (rows), T text length, N image tokens, L = T + N, V text vocabulary, K codebook, D width,
+H heads, E = D / H.
+
+Initialisation and step size (`parameter_groups` in `armchair.train.optim` reads `is_hidden_matrix`):
+
+    embeddings                    normal, std 0.1          step size as the recipe says
+    hidden matrices               normal, std 1/sqrt(fan_in)   step size x 256 / D
+    projections back to the stream, heads    zero          x 256 / D (heads too)
+    gains one, biases zero                                 as the recipe says
+
+so that at every width the first logits are zero, every block starts as the identity, and one update moves
+each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
+"Tensor Programs V", 2022).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armchair.errors import RequestError
+from armchair.prior.attention import ImageKeys, attend, check_pattern, stream_mask
+from armchair.prior.sequence import StreamShape, text_input_ids
+
+BASE_WIDTH = 256  # the width at which a recipe's step size is stated
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Sizes of the transformer; the defaults are the 12-billion-parameter model of the paper."""
+
+    kind: str = "transformer"
+    d_model: int = 3968
+    n_layer: int = 64
+    n_head: int = 62
+    attention: tuple[str, ...] = ("row", "column", "row", "row")  # repeated over the layers
+    last_attention: str | None = "convolutional"  # the last layer's pattern, where it differs
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_head:
+            raise RequestError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
+        if not self.attention:
+            raise RequestError("attention: expected at least one pattern")
+        for pattern in self.patterns:
+            check_pattern(pattern)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The attention pattern of each layer. Layer i = 1.. is column where (i - 2) mod 4 = 0 by default."""
+        p = [self.attention[i % len(self.attention)] for i in range(self.n_layer)]
+        if self.last_attention is not None:
+            p[-1] = self.last_attention
+        return tuple(p)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries, keys, values, each (B, H, T, E)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merge(self, x: Tensor) -> Tensor:
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, H, T, E) -> (B, T, D)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; attention itself is called from the model, which knows the masks and the cache."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.d_model)
+        self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model)
+        self.mlp_out = nn.Linear(4 * config.d_model, config.d_model)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+class PromptCache:
+    """What the layers remember of captions, (B, H, T+1, E) keys and values a layer, and the logits after them."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], logits: Tensor):
+        self.keys, self.values, self.logits = keys, values, logits
+
+    def rows(self, index: Tensor) -> "PromptCache":
+        """The same for rows picked by index: one caption's state is shared by all of its candidates."""
+        return PromptCache([k[index] for k in self.keys], [v[index] for v in self.values], self.logits[index])
+
+
+class DrawingCache:
+    """Keys and values of the text and of the image tokens drawn so far, for rows that are drawn together."""
+
+    def __init__(self, prompts: PromptCache, stores: list[ImageKeys]):
+        self.stores = stores
+        self.text_slots = prompts.keys[0].shape[2]
+        self.keys, self.values = [], []
+        for store, k, v in zip(stores, prompts.keys, prompts.values, strict=True):
+            room = (0, 0, 0, store.size)  # one buffer a layer: text first, then the image slots
+            self.keys.append(F.pad(k, room))
+            self.values.append(F.pad(v, room))
+
+    def append(self, layer: int, j: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store image token j's key and value (B, H, 1, E); give back all that it sees, (B, H, M, E)."""
+        store, t = self.stores[layer], self.text_slots
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, t + store.slot(j)] = k[:, :, 0]
+        values[:, :, t + store.slot(j)] = v[:, :, 0]
+        visible = store.visible(j)
+        if isinstance(visible, slice) and visible.start == 0:
+            return keys[:, :, : t + visible.stop], values[:, :, : t + visible.stop]
+        if isinstance(visible, slice):
+            visible = torch.arange(visible.start, visible.stop)
+        seen = torch.cat([torch.arange(t), t + visible]).to(keys.device)
+        return keys[:, :, seen], values[:, :, seen]
+
+
+class Prior(nn.Module):
+    def __init__(self, config: PriorConfig, shape: StreamShape):
+        super().__init__()
+        self.config, self.shape = config, shape
+        d = config.d_model
+        self.text_embedding = nn.Embedding(shape.text_vocab_size + shape.text_length + 1, d)
+        self.text_position = nn.Embedding(shape.text_length + 1, d)
+        self.image_embedding = nn.Embedding(shape.codebook_size, d)
+        self.row_embedding = nn.Embedding(shape.grid, d)
+        self.column_embedding = nn.Embedding(shape.grid, d)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(d)
+        self.text_head = nn.Linear(d, shape.text_vocab_size + 1)
+        self.image_head = nn.Linear(d, shape.codebook_size)
+        for pattern in set(config.patterns):
+            mask = stream_mask(pattern, shape.text_length, shape.grid)
+            self.register_buffer(f"mask_{pattern}", mask, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.1)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(block.mlp_out.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.text_head.weight)
+        nn.init.zeros_(self.image_head.weight)
+
+    def is_hidden_matrix(self, name: str) -> bool:
+        """Whether the named parameter's step size shrinks with the width, and whether weight decay applies."""
+        return name.endswith("weight") and "norm" not in name and "embedding" not in name and "position" not in name
+
+    # Training: the whole stream at once.
+
+    def forward(self, text_tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """text_tokens (B, T) with pads, codes (B, N) -> text logits (B, T, V+1), image logits (B, N, K)."""
+        t = self.shape.text_length
+        x = torch.cat([self._embed_text(text_tokens), self._embed_image(codes[:, :-1])], dim=1)  # (B, L, D)
+        for block, pattern in zip(self.blocks, self.config.patterns, strict=True):
+            mask = getattr(self, f"mask_{pattern}")
+            q, k, v = block.attention.heads(block.attention_norm(x))
+            x = x + block.attention.merge(attend(q, k, v, mask))
+            x = x + block.mlp(x)
+        x = self.norm(x)
+        return self.text_head(x[:, :t]), self.image_head(x[:, t:])
+
+    # Drawing: the caption once, then token by token.
+
+    def prefill(self, text_tokens: Tensor) -> PromptCache:
+        """Read captions (B, T); `logits` (B, K) are those of the first image token."""
+        x = self._embed_text(text_tokens)
+        keys, values = [], []
+        for block in self.blocks:
+            q, k, v = block.attention.heads(block.attention_norm(x))  # type: ignore[operator, union-attr]
+            keys.append(k)
+            values.append(v)
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block.attention.merge(a)  # type: ignore[operator, union-attr]
+            x = x + block.mlp(x)  # type: ignore[operator]
+        return PromptCache(keys, values, self.image_head(self.norm(x[:, -1])).float())
+
+    def start(self, prompts: PromptCache) -> DrawingCache:
+        """A cache for drawing the rows of `prompts` together."""
+        return DrawingCache(prompts, [ImageKeys(p, self.shape.grid) for p in self.config.patterns])
+
+    def decode_step(self, tokens: Tensor, j: int, cache: DrawingCache) -> Tensor:
+        """Image token j of each row, (B,) -> logits of token j+1, (B, K) float32. 0 <= j < N-1."""
+        row, column = divmod(j, self.shape.grid)
+        x = self.image_embedding(tokens) + self.row_embedding.weight[row] + self.column_embedding.weight[column]
+        x = x[:, None]  # (B, 1, D)
+        for layer, block in enumerate(self.blocks):
+            q, k, v = block.attention.heads(block.attention_norm(x))  # type: ignore[operator, union-attr]
+            k, v = cache.append(layer, j, k, v)
+            x = x + block.attention.merge(F.scaled_dot_product_attention(q, k, v))  # type: ignore[operator, union-attr]
+            x = x + block.mlp(x)  # type: ignore[operator]
+        return self.image_head(self.norm(x[:, 0])).float()
+
+    def _embed_text(self, text_tokens: Tensor) -> Tensor:
+        return self.text_embedding(text_input_ids(text_tokens, self.shape)) + self.text_position.weight
+
+    def _embed_image(self, codes: Tensor) -> Tensor:
+        position = (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)
+        return self.image_embedding(codes) + position[: codes.shape[1]]

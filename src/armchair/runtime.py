@@ -1,0 +1,55 @@
+"""Decisions about the machine, taken once and passed down: device, compute type, random streams."""
+
+import contextlib
+import hashlib
+
+import torch
+
+from armchair.errors import RequestError
+
+
+def stream_seed(*names: int | str) -> int:
+    """A 63-bit seed from names and numbers, e.g. `stream_seed(seed, "candidate", 3)`.
+
+    Hashing, rather than adding, keeps the streams of neighbouring seeds and indices unrelated.
+    """
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*names: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for the named stream; nothing in armchair draws from the global one."""
+    g = torch.Generator(device=device)
+    g.manual_seed(stream_seed(*names))
+    return g
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises RequestError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"unknown device {name!r}: expected auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {name!r} was asked for, but this PyTorch finds no CUDA GPU; use cpu")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are native, so that autocast saves time rather than costs it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return False
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of a run. `precision`: `fp32`, `bf16`, or `auto` (bf16 where it is native)."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bfloat16(device) else "fp32"
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,0 +1,67 @@
+"""From logits to the next token: temperature, top-k, top-p, guidance, and the pick. Pure functions of tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from armchair.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How tokens are drawn. temperature 0 is greedy, top_k 0 and top_p 1 keep all codes, guidance 1 is off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("temperature", 0 <= self.temperature <= 100, "0 to 100"),
+            ("top_k", self.top_k >= 0, "a count of 0 or more, 0 for all codes"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("guidance", 0 <= self.guidance <= 100, "0 to 100, 1 for none"),
+        ):
+            if not good:
+                raise RequestError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance on logits (Ho and Salimans, 2022; for tokens: Gafni et al., 2022)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def probabilities(logits: Tensor, settings: Settings) -> Tensor:
+    """logits (B, K) -> what tokens are drawn from, (B, K) float64: temperature first, then top-k, then top-p.
+
+    top-k keeps the k likeliest codes, top-p the fewest likeliest ones whose mass reaches p (at least one).
+    """
+    logits = logits.double()
+    if settings.temperature == 0:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[1]:
+        kept = logits.topk(settings.top_k, dim=1)
+        logits = torch.full_like(logits, -torch.inf).scatter_(1, kept.indices, kept.values)
+    p = logits.softmax(1)
+    if settings.top_p < 1:
+        ordered, order = p.sort(dim=1, descending=True, stable=True)
+        before = ordered.cumsum(1) - ordered  # mass of the likelier codes
+        ordered = ordered.masked_fill(before >= settings.top_p, 0.0)
+        p = torch.zeros_like(p).scatter_(1, order, ordered)
+        p = p / p.sum(1, keepdim=True)
+    return p
+
+
+def pick(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF: p (B, K) float64, uniforms (B,) in [0, 1) -> tokens (B,) int64.
+
+    One number drawn ahead decides a row's token, so no row's draw depends on its neighbours in the batch.
+    """
+    cdf = p.cumsum(1)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    # Rounding can leave a uniform just below 1 past the last code that has any mass.
+    last = p.shape[1] - 1 - (p > 0).flip(1).int().argmax(1)
+    return torch.minimum(tokens, last)

@@ -1,0 +1,1 @@
+"""A synthetic world of captioned shapes whose pictures can be judged exactly."""

@@ -1,0 +1,154 @@
+"""Stage 1: the dVAE on images, and the check of its codes before stage 2 (paper, section 2.1)."""
+
+import math
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from armchair.data.loader import batches
+from armchair.data.sources import Source
+from armchair.errors import WorkError
+from armchair.image.dvae import DVAE
+from armchair.image.pixels import square, stack, to_pil
+from armchair.image.sheet import contact_sheet
+from armchair.runtime import generator
+from armchair.train.optim import cosine
+from armchair.train.recipe import ImageTokenizerTraining, Recipe
+
+
+class CodeFigures(NamedTuple):
+    """How well codes serve, over a set of images."""
+
+    psnr: float  # dB, median over the images, of the round trip through the codes
+    usage: float  # share of the codebook that occurs
+    perplexity: float  # exp of the entropy of how often each code occurs
+
+
+@torch.inference_mode()
+def code_figures(model: DVAE, images: Tensor, batch_size: int = 64) -> CodeFigures:
+    """images: (B, 3, R, R) in [0, 1]."""
+    counts = torch.zeros(model.codebook_size, device=images.device)
+    errors = []
+    for chunk in images.split(batch_size):
+        codes = model.encode(chunk)
+        counts += torch.bincount(codes.flatten(), minlength=len(counts))
+        errors.append((model.decode(codes).float() - chunk).square().mean((1, 2, 3)))
+    psnr = -10 * torch.cat(errors).clamp_min(1e-10).log10().median()
+    p = counts / counts.sum()
+    entropy = -(p * p.clamp_min(1e-12).log()).sum()
+    return CodeFigures(float(psnr), float((counts > 0).float().mean()), math.exp(float(entropy)))
+
+
+class ImageTokenizerStage:
+    """What `armchair.train.loop.fit` needs to train a dVAE."""
+
+    name = "image_tokenizer"
+
+    def __init__(self, recipe: Recipe, model: DVAE, source: Source, validation: Tensor):
+        self.recipe, self.model, self.source = recipe, model, source
+        self.config: ImageTokenizerTraining = recipe.image_tokenizer_training
+        self.validation = validation  # (B, 3, R, R)
+
+    def batches(self, start_step: int) -> Generator[Any, None, None]:
+        return batches(
+            self.source,
+            self.recipe.data,
+            batch_size=self.config.batch_size,
+            seed=self.recipe.seed,
+            start_step=start_step,
+        )
+
+    def parts(self, batch: Any, count: int) -> list[Any]:
+        device = next(self.model.parameters()).device
+        return [images.to(device) for images in batch[0].chunk(count)]
+
+    def tau(self, step: int) -> float:
+        return cosine(step, self.config.tau_steps, self.config.tau_start, self.config.tau_end)
+
+    def kl_weight(self, step: int) -> float:
+        return cosine(step, self.config.kl_steps, 0.0, self.config.kl_weight)
+
+    def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
+        tau, kl_weight = self.tau(step), self.kl_weight(step)
+        loss, reconstruction, kl = self.model.relaxed_loss(batch, tau, kl_weight, noise)
+        return loss, {
+            "reconstruction": reconstruction.detach(),
+            "kl": kl.detach(),
+            "tau": tau,
+            "kl_weight": kl_weight,
+        }
+
+    @torch.inference_mode()
+    def validate(self, model: Any) -> dict[str, float]:
+        """Round-trip figures; both bounds, in nats per pixel-channel (paper, appendix A.2).
+
+        The relaxed bound is the trained one at tau's end, the hard bound that of the codes as they are used:
+        its KL to the uniform prior is ln K, as the argmax has no entropy.
+        """
+        images = self.validation.to(next(model.parameters()).device)
+        positions = 3 * model.config.factor**2
+        relaxed, hard = [], []
+        for i, chunk in enumerate(images.split(64)):
+            noise = generator(self.recipe.seed, "validation", i, device=images.device)
+            r = model.relaxed_loss(chunk, self.config.tau_end, 0.0, noise)
+            relaxed.append((float(r.reconstruction) + float(r.kl) / positions) * len(chunk))
+            hard.append(float(model.hard_loss(chunk, model.encode(chunk))) * len(chunk))
+        figures = code_figures(model, images)
+        hard_mean = sum(hard) / len(images)
+        return {
+            "loss": hard_mean,
+            **figures._asdict(),
+            "elbo_relaxed": -sum(relaxed) / len(images),
+            "elbo_hard": -hard_mean - math.log(model.codebook_size) / positions,
+        }
+
+    @torch.inference_mode()
+    def sheet(self, model: Any) -> Image.Image:
+        """Sixteen held-out images, each above its round trip through the codes."""
+        images = self.validation[:16].to(next(model.parameters()).device)
+        pairs = zip(to_pil(images), to_pil(model.decode(model.encode(images)).float()), strict=True)
+        rows = list(pairs)
+        columns = 8
+        ordered = []
+        for start in range(0, len(rows), columns):
+            group = rows[start : start + columns]
+            ordered += [a for a, _ in group] + [b for _, b in group]
+        return contact_sheet(ordered, None, columns=min(columns, len(rows)), scale=2)
+
+
+def check_codes(figures: CodeFigures, config: ImageTokenizerTraining, codebook_size: int) -> None:
+    """Raises WorkError, naming the knob to turn, for codes that no prior could draw good pictures from."""
+    if figures.usage < config.min_usage or figures.perplexity < 2:
+        raise WorkError(
+            f"the codebook collapsed: {figures.usage:.1%} of {codebook_size} codes are used, perplexity "
+            f"{figures.perplexity:.1f}; lower image_tokenizer_training.kl_weight (now {config.kl_weight}) or lr "
+            f"(now {config.lr}), or accept it with image_tokenizer_training.min_usage"
+        )
+    if figures.psnr < config.min_psnr:
+        raise WorkError(
+            f"the round trip through the codes has {figures.psnr:.1f} dB, less than "
+            f"image_tokenizer_training.min_psnr {config.min_psnr}; train longer (steps, now {config.steps}) or "
+            f"use a finer grid (image_tokenizer.patch or n_groups)"
+        )
+
+
+def fixed_images(source: Source, count: int, resolution: int) -> Tensor:
+    """The first `count` readable images of a source as centre squares, (B, 3, R, R)."""
+    from armchair.image.pixels import BrokenSample
+
+    found: list[np.ndarray] = []
+    for i in range(len(source)):
+        if len(found) == count:
+            break
+        try:
+            found.append(square(source[i].image, resolution))
+        except BrokenSample:
+            continue
+    if not found:
+        raise WorkError("the validation data has no readable image")
+    return stack(found)

@@ -1,0 +1,129 @@
+"""Stage 2: the transformer over text and image tokens, on codes computed ahead (paper, section 2.2)."""
+
+import logging
+import math
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from armchair.data.loader import Order, draw_caption
+from armchair.data.token_cache import TokenCache
+from armchair.image.dvae import DVAE
+from armchair.image.pixels import to_pil
+from armchair.image.sheet import contact_sheet
+from armchair.prior.sequence import stream_loss
+from armchair.prior.transformer import Prior
+from armchair.runtime import stream_seed
+from armchair.sample.generate import candidate_uniforms, draw_codes
+from armchair.sample.next_token import Settings
+from armchair.text.bpe import TextTokenizer
+from armchair.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+SHEET_CANDIDATES = 4
+
+
+class PriorStage:
+    """What `armchair.train.loop.fit` needs to train a prior."""
+
+    name = "prior"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Prior,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: DVAE,
+        cache: TokenCache,
+        validation: TokenCache,
+    ):
+        self.recipe, self.model, self.config = recipe, model, recipe.prior_training
+        self.text_tokenizer, self.image_tokenizer = text_tokenizer, image_tokenizer
+        self.cache, self.validation = cache, validation
+        equal = bool((cache.weights == cache.weights[0]).all())
+        self.order = Order(len(cache) if equal else cache.weights, recipe.seed)
+
+    def batches(self, start_step: int) -> Generator[Any, None, None]:
+        """(text tokens (B, T), codes (B, N)) from `start_step` on."""
+        step = start_step
+        while True:
+            yield self._batch(step)
+            step += 1
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        size, config = self.config.batch_size, self.recipe.text_tokenizer
+        rng = np.random.Generator(np.random.PCG64(stream_seed(self.recipe.seed, "captions", step)))
+        images = self.order.indices(step * size, size)
+        codes = self.cache.codes(images, rng.integers(self.cache.views, size=size))
+        captions = [draw_caption(self.cache.captions[i], rng) for i in images]
+        tokens = self.text_tokenizer.encode(captions, config.length, dropout=config.dropout, rng=rng)
+        tokens[rng.random(size) < self.config.caption_dropout] = self.text_tokenizer.pad_id
+        return torch.from_numpy(tokens), codes
+
+    def parts(self, batch: Any, count: int) -> list[Any]:
+        device = self.model.image_head.weight.device
+        text, codes = batch
+        return list(zip(text.to(device).chunk(count), codes.to(device).chunk(count), strict=True))
+
+    def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        text, codes = batch
+        loss = stream_loss(*self.model(text, codes), text, codes, self.config.text_weight)
+        return loss.loss, _figures(loss.text.detach(), loss.image.detach())
+
+    @torch.inference_mode()
+    def validate(self, model: Any) -> dict[str, float]:
+        """Cross-entropies on held-out pairs, whole captions, no dropout."""
+        device = model.image_head.weight.device
+        count = min(len(self.validation), 512)
+        sums = np.zeros(3)
+        for start in range(0, count, 64):
+            images = np.arange(start, min(start + 64, count))
+            codes = self.validation.codes(images, np.zeros_like(images)).to(device)
+            captions = [self.validation.captions[i][0][0] for i in images]
+            tokens = self.text_tokenizer.encode(captions, self.recipe.text_tokenizer.length)
+            text = torch.from_numpy(tokens).to(device)
+            loss = stream_loss(*model(text, codes), text, codes, self.config.text_weight)
+            sums += len(images) * np.array([float(part) for part in loss])
+        loss_all, text_loss, image_loss = sums / count
+        return {"loss": float(loss_all), **_figures(float(text_loss), float(image_loss))}
+
+    @torch.inference_mode()
+    def sheet(self, model: Any) -> Image.Image | None:
+        """The recipe's prompts, always with the same seeds. Warns when the pictures hold suspiciously few codes."""
+        prompts = self.recipe.drawing.prompts
+        if not prompts:
+            return None
+        drawing = self.recipe.drawing
+        settings = Settings(
+            temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p, guidance=drawing.guidance
+        )
+        tokens = torch.from_numpy(self.text_tokenizer.encode(prompts, self.recipe.text_tokenizer.length))
+        rows = [p for p in range(len(prompts)) for _ in range(SHEET_CANDIDATES)]
+        uniforms = candidate_uniforms(0, range(SHEET_CANDIDATES), model.shape.image_length)
+        codes = draw_codes(model, tokens, rows, uniforms.repeat(len(prompts), 1), settings)
+        self._warn_of_collapse(codes)
+        device = next(self.image_tokenizer.parameters()).device
+        images = to_pil(self.image_tokenizer.decode(codes.to(device)).float())
+        labels = [prompts[r] if i % SHEET_CANDIDATES == 0 else "" for i, r in enumerate(rows)]
+        return contact_sheet(images, labels, columns=2 * SHEET_CANDIDATES, scale=2)
+
+    def _warn_of_collapse(self, codes: Tensor) -> None:
+        drawn = float(np.median([len(c.unique()) for c in codes]))
+        count = min(64, len(self.cache))
+        real = self.cache.codes(np.arange(count), np.zeros(count, dtype=np.int64))
+        usual = float(np.median([len(c.unique()) for c in real]))
+        if drawn < min(self.config.collapse_codes, usual / 2):
+            logger.warning(
+                "the drawings hold %.0f distinct codes each, real pictures %.0f: the prior has collapsed or has "
+                "only just begun; look at the sheet", drawn, usual,
+            )  # fmt: skip
+
+
+def _figures(text: Any, image: Any) -> dict[str, Any]:
+    bit = math.log(2)
+    return {"loss_text": text, "loss_image": image, "bits_text": text / bit, "bits_image": image / bit}

@@ -1,0 +1,161 @@
+"""A recipe: one YAML file with everything that is needed to make a bundle again."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from armchair.config import from_dict, nearest, with_overrides
+from armchair.data.sources import DataConfig
+from armchair.errors import RequestError
+from armchair.image.dvae import DVAEConfig
+from armchair.prior.transformer import PriorConfig
+
+SCHEDULES = ("cosine", "constant", "plateau")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizerConfig:
+    """BPE over lower-cased captions (paper, section 2.2)."""
+
+    vocab_size: int = 16384
+    length: int = 256  # tokens a caption is cut or padded to
+    dropout: float = 0.1  # BPE dropout in training
+    captions: int = 1_000_000  # captions to learn the vocabulary from, at most
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 256:
+            raise RequestError(f"vocab_size: expected at least 256 (one a byte), got {self.vocab_size}")
+        if self.length < 1:
+            raise RequestError(f"length: expected at least 1, got {self.length}")
+        if not 0 <= self.dropout < 1:
+            raise RequestError(f"dropout: expected 0 or more and less than 1, got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How one stage is optimised. Steps count updates; `lr` is the peak step size."""
+
+    steps: int
+    batch_size: int
+    accumulate: int = 1  # a batch is computed in this many parts
+    lr: float
+    final_lr: float = 0.0  # where a cosine schedule ends
+    warmup: int = 100
+    schedule: str = "cosine"  # plateau: halved whenever the validation loss stops falling
+    plateau_patience: int = 3  # validations without a new best before the step size is halved
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999
+    precision: str = "auto"
+    log_every: int = 20
+    validate_every: int = 500
+    sheet_every: int = 500
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        whole = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "sheet_every", "save_every")
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise RequestError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        for name, valid in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in valid:
+                raise RequestError(f"{name}: unknown {getattr(self, name)!r}: {nearest(getattr(self, name), valid)}")
+        for name in ("lr", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise RequestError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise RequestError(f"ema: expected 0 or more and less than 1, got {self.ema}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenizerTraining(FitConfig):
+    """Stage 1. Temperature and KL weight follow cosines (paper, appendix A.2)."""
+
+    tau_start: float = 1.0
+    tau_end: float = 1 / 16
+    tau_steps: int = 150_000
+    kl_weight: float = 6.6
+    kl_steps: int = 5_000
+    weight_decay: float = 1e-4
+    # The codes are checked before stage 2 starts; below these the run stops.
+    min_psnr: float = 15.0
+    min_usage: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining(FitConfig):
+    """Stage 2."""
+
+    text_weight: float = 1 / 8
+    caption_dropout: float = 0.1  # share of captions left out, which is what guidance needs
+    views: int = 1  # times each image is encoded: once as it is, the rest with random crops
+    beta2: float = 0.96
+    weight_decay: float = 4.5e-2
+    clip: float = 4.0
+    collapse_codes: int = 8  # warn where sampled pictures hold fewer distinct codes (and real ones do not)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingConfig:
+    """The sampling settings that the bundle carries as its defaults, and the prompts of the sample sheets."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 means all codes
+    top_p: float = 1.0
+    guidance: float = 1.0  # 1 means off
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    description: str = ""
+    licence: str = "not stated"  # of what the bundle was trained on, as its card says it
+    limits: str = ""  # what the card says the model cannot do
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
+    image_tokenizer: DVAEConfig = field(default_factory=DVAEConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    image_tokenizer_training: ImageTokenizerTraining
+    prior_training: PriorTraining
+    drawing: DrawingConfig = field(default_factory=DrawingConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.resolution != self.image_tokenizer.resolution:
+            raise RequestError(
+                f"data.resolution {self.data.resolution} and image_tokenizer.resolution "
+                f"{self.image_tokenizer.resolution} differ; set both to the same number of pixels"
+            )
+        if self.image_tokenizer.codebook_size > 65536:
+            raise RequestError("image_tokenizer.codebook_size: at most 65536 codes can be cached")
+
+
+def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe strictly. `overrides` are dotted names, `{"prior.n_layer": 4}`.
+
+    Raises RequestError for a file that is missing or not YAML, and for unknown fields.
+    """
+    import yaml  # part of the `train` extra: drawing needs no YAML
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RequestError(f"{path}: expected a mapping of fields, got {type(data).__name__}")
+    try:
+        return from_dict(Recipe, with_overrides(data, overrides or {}))
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None

@@ -1,0 +1,273 @@
+"""A whole recipe, stage after stage, in one run folder, to a bundle.
+
+    RUN/recipe.json            the recipe as it was resolved, written before step 1
+        log.jsonl  sheets/  tensorboard/
+        text_tokenizer.json
+        image_tokenizer/       checkpoints of stage 1
+        codes/                 token caches of stage 2
+        prior/                 checkpoints of stage 2
+        bundle/                what the run is for
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import armchair
+from armchair.bundle import Bundle, write_bundle
+from armchair.card import render_card
+from armchair.config import from_dict, to_dict
+from armchair.data.loader import split
+from armchair.data.sources import Source, open_source
+from armchair.data.token_cache import TokenCache, build_cache, open_cache
+from armchair.errors import RequestError, WorkError
+from armchair.image.dvae import DVAE
+from armchair.image.pixels import BrokenSample
+from armchair.prior.sequence import StreamShape
+from armchair.prior.transformer import Prior
+from armchair.runtime import autocast, stream_seed
+from armchair.text.bpe import TextTokenizer
+from armchair.train.image_tokenizer import ImageTokenizerStage, check_codes, code_figures, fixed_images
+from armchair.train.loop import fit
+from armchair.train.prior import PriorStage
+from armchair.train.recipe import Recipe
+from armchair.train.report import Report
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("text-tokenizer", "image-tokenizer", "prior")
+VALIDATION_IMAGES = 512
+
+
+class Run:
+    """One training directory. Each stage finds what the ones before it left, so a run can go stage by stage."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        report: Report,
+        device: torch.device,
+        init: Bundle | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.recipe, self.folder, self.report, self.device = recipe, folder, report, device
+        self.init, self.should_stop = init, should_stop
+        self.train_source, self.val_source = _open_data(recipe)
+
+    def stage(self, name: str) -> None:
+        """Run one of STAGES."""
+        {"text-tokenizer": self.text_tokenizer, "image-tokenizer": self.image_tokenizer, "prior": self.prior}[name]()
+
+    # The stages: each gives its result, and makes it where it is not there yet.
+
+    def text_tokenizer(self) -> TextTokenizer:
+        place = self.folder / "text_tokenizer.json"
+        if place.exists():
+            return TextTokenizer.from_json(place.read_text(encoding="utf-8"))
+        if self.init is not None and self.init.text_tokenizer is not None:
+            tokenizer = TextTokenizer.from_json(self.init.text_tokenizer)
+        else:
+            config = self.recipe.text_tokenizer
+            tokenizer = TextTokenizer.train(_captions(self.train_source, config.captions), config.vocab_size)
+        _write_text(place, tokenizer.to_json())
+        self.report.message(f"text_tokenizer: {tokenizer.vocab_size} entries")
+        return tokenizer
+
+    def image_tokenizer(self) -> DVAE:
+        model = _initialised(lambda: DVAE(self.recipe.image_tokenizer), self.recipe.seed, "image_tokenizer")
+        if self.init is not None:
+            _load(model, self.init, "image_tokenizer")
+        validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution)
+        stage = ImageTokenizerStage(self.recipe, model, self.train_source, validation)
+        average = self._fit(stage, self.recipe.image_tokenizer_training)
+        assert isinstance(average, DVAE)
+        return average
+
+    def prior(self) -> Prior:
+        text_tokenizer, image_tokenizer = self.text_tokenizer(), self.image_tokenizer()
+        validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution).to(self.device)
+        figures = code_figures(image_tokenizer, validation)
+        check_codes(figures, self.recipe.image_tokenizer_training, image_tokenizer.codebook_size)
+        train = self._cache("train", self.train_source, image_tokenizer, self.recipe.prior_training.views)
+        val = self._cache("val", self.val_source, image_tokenizer, 1)
+        shape = StreamShape(
+            text_vocab_size=text_tokenizer.vocab_size,
+            text_length=self.recipe.text_tokenizer.length,
+            codebook_size=image_tokenizer.codebook_size,
+            grid=image_tokenizer.grid,
+        )
+        model = _initialised(lambda: Prior(self.recipe.prior, shape), self.recipe.seed, "prior")
+        if self.init is not None:
+            _load(model, self.init, "prior")
+        stage = PriorStage(self.recipe, model, text_tokenizer, image_tokenizer, train, val)
+        average = self._fit(stage, self.recipe.prior_training)
+        assert isinstance(average, Prior)
+        return average
+
+    def bundle(self, out: Path | None = None) -> Path:
+        """Write the bundle from the finished stages (weights in 16 bits); its path."""
+        out = out or self.folder / "bundle"
+        text_tokenizer, image_tokenizer, prior = self.text_tokenizer(), self.image_tokenizer(), self.prior()
+        info = {
+            "name": self.recipe.name,
+            "recipe": to_dict(self.recipe),
+            "text_vocab_size": text_tokenizer.vocab_size,
+            "metrics": self._metrics(),
+            "data": {
+                "fingerprint": self.train_source.fingerprint(),
+                "images": len(self.train_source),
+                "licence": self.recipe.licence,
+            },
+            "versions": {"armchair": armchair.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        weights = {"image_tokenizer": _half(image_tokenizer), "prior": _half(prior)}
+        write_bundle(
+            out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
+        )
+        self.report.message(f"bundle written to {out}")
+        return out
+
+    def _fit(self, stage: ImageTokenizerStage | PriorStage, config) -> nn.Module:  # type: ignore[no-untyped-def]
+        return fit(
+            stage, config, self.folder / stage.name, self.report, device=self.device, should_stop=self.should_stop
+        )
+
+    def _cache(self, name: str, source: Source, tokenizer: DVAE, views: int) -> TokenCache:
+        data = self.recipe.data
+        settings = json.dumps(to_dict(data), sort_keys=True) + f"{views} {self.recipe.seed} 1"
+        parts = (_weights_digest(tokenizer), source.fingerprint(), settings)
+        fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        place = self.folder / "codes" / name
+        if (found := open_cache(place, fingerprint)) is not None:
+            return found
+        began = time.time()
+
+        @torch.inference_mode()
+        def encode(images: Tensor) -> Tensor:
+            with autocast(self.device, "fp32"):
+                return tokenizer.encode(images.to(self.device))
+
+        def progress(done: int, total: int) -> None:
+            if done * 10 // total != max(0, done - 64) * 10 // total:
+                self.report.message(f"codes/{name}: {done}/{total} images, {done / (time.time() - began):.0f} a second")
+
+        cache = build_cache(
+            place, source, data, encode,
+            fingerprint=fingerprint, views=views, seed=self.recipe.seed, progress=progress,
+        )  # fmt: skip
+        self.report.message(f"codes/{name}: {len(cache)} images encoded in {time.time() - began:.0f} s")
+        return cache
+
+    def _metrics(self) -> dict[str, dict[str, float | str]]:
+        """The last validation of each stage, as the log has it, with the command that makes it again."""
+        found: dict[str, dict[str, float | str]] = {}
+        for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["event"] == "validation":
+                skip = ("time", "event", "stage")
+                found[event["stage"]] = {k: v for k, v in event.items() if k not in skip}
+        for figures in found.values():
+            figures["command"] = f"armchair train recipes/{self.recipe.name}.yaml"
+        return found
+
+
+def start_run(
+    recipe: Recipe, folder: Path, *, resume: bool, report_stream=None, **options  # type: ignore[no-untyped-def]
+) -> Run:
+    """Open a run folder. Raises RequestError where it holds another run, or one that `resume` was not said for."""
+    written = folder / "recipe.json"
+    text = json.dumps(to_dict(recipe), indent=1, ensure_ascii=False)
+    if written.exists():
+        if not resume:
+            raise RequestError(f"{folder} holds a run already; go on with --resume, or choose another --out")
+        if from_dict(Recipe, json.loads(written.read_text(encoding="utf-8"))) != recipe:
+            raise RequestError(f"{folder} was begun with another recipe ({written}); resume it with that one")
+    elif resume and folder.exists() and any(folder.iterdir()):
+        raise RequestError(f"{folder} holds no run to resume (no recipe.json)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(written, text)
+    except OSError as error:
+        raise RequestError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return Run(recipe, folder, report=Report(folder, report_stream), **options)
+
+
+def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
+    """The recipe with the bundle's model sizes: fine-tuning trains the bundle's own model on other data."""
+    base = from_dict(Recipe, bundle.info["recipe"])
+    return replace(
+        recipe,
+        data=replace(recipe.data, resolution=base.data.resolution),
+        text_tokenizer=replace(recipe.text_tokenizer, length=base.text_tokenizer.length),
+        image_tokenizer=base.image_tokenizer,
+        prior=base.prior,
+    )
+
+
+def _open_data(recipe: Recipe) -> tuple[Source, Source]:
+    data = recipe.data
+    if not data.train:
+        raise RequestError(f"recipe {recipe.name} names no data: give --data PATH (a folder or .tar shards)")
+    train = open_source(data.train, data)
+    if data.val:
+        return train, open_source(data.val, data)
+    if len(train) < 2:
+        raise RequestError("one image cannot be both trained and validated on; give data.val")
+    return split(train, data.val_fraction)
+
+
+def _captions(source: Source, limit: int) -> Iterator[str]:
+    for i in range(min(len(source), limit)):
+        try:
+            yield from source.fields(i)["caption"]
+        except BrokenSample:
+            continue
+
+
+def _initialised(make: Callable[[], nn.Module], seed: int, name: str):  # type: ignore[no-untyped-def]
+    """Build a module with its own random stream; the process's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "initialise", name))
+        return make()
+
+
+def _load(model: nn.Module, bundle: Bundle, part: str) -> None:
+    weights = {k: v.float() for k, v in bundle.weights(part).items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise RequestError(f"{bundle.path}: {part} does not fit the recipe: {first}") from None
+
+
+def _half(model: nn.Module) -> dict[str, Tensor]:
+    weights = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
+    for name, w in weights.items():
+        if not torch.isfinite(w).all():
+            raise WorkError(f"{name} does not fit 16 bits; the weights have diverged")
+    return weights
+
+
+def _weights_digest(model: nn.Module) -> str:
+    h = hashlib.sha256()
+    for name, w in model.state_dict().items():
+        h.update(name.encode())
+        h.update(w.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
