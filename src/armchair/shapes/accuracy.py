@@ -21,8 +21,8 @@ _MOST = 7  # objects considered when matching; pictures with more are wrong by c
 class Verdict:
     """What of a prompt a picture got right.
 
-    forms, colours, sizes, fills and relations are true when right for every object (every relation) the prompt
-    speaks of; None where it says nothing.  whole: the count and everything said is right.
+    forms, colours, sizes, fills and relations are true when right for every object (every relation) the
+    prompt speaks of; None where it says nothing.  whole: the count and everything said is right.
     """
 
     whole: bool
@@ -41,7 +41,7 @@ def judge(prompt: Prompt, image: Image.Image | np.ndarray) -> Verdict:
 
 
 def judge_scene(prompt: Prompt, scene: Scene) -> Verdict:
-    """The verdict on a scene; its objects are assigned to the wanted ones so that most of the prompt holds."""
+    """The verdict on a scene; its objects are assigned to the wanted ones so that most of it holds."""
     shown: list[Object | None] = [*scene.objects[:_MOST]]
     shown += [None] * (len(prompt.objects) - len(shown))
     tried = (_marks(prompt, chosen) for chosen in itertools.permutations(shown, len(prompt.objects)))
@@ -82,8 +82,8 @@ def _marks(prompt: Prompt, chosen: tuple[Object | None, ...]) -> dict[str, list[
 class Accuracy:
     """Shares over a number of verdicts.
 
-    whole and shares[attribute] are in 0..1; interval is the 95 % Wilson interval of whole.  An attribute's share
-    is among the prompts that speak of it, None when none did.
+    whole and shares[attribute] are in 0..1; interval is the 95 % Wilson interval of whole.  An attribute's
+    share is among the prompts that speak of it, None when none did.
     """
 
     number: int

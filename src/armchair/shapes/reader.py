@@ -3,8 +3,8 @@
 The ground is the median of the border.  What differs from it falls into connected regions.  A region whose
 blurred pixels lie on one line in colour space is one object; otherwise its main colour is one object and what
 is drawn on or beside it others.  An object's opacity map is compared with every form, size and fill at every
-offset nearby.  What fits nothing well is reported as an object of form "unknown", so that a malformed or extra
-blob is never silently forgiven.
+offset nearby.  What fits nothing well is reported as an object of form "unknown", so that a malformed or
+extra blob is never silently forgiven.
 """
 
 import itertools
@@ -54,9 +54,9 @@ _PAD = _WINDOW // 2 + _REACH
 def read(image: Image.Image | np.ndarray) -> Scene:
     """The scene a picture shows.
 
-    image is a PIL picture or uint8 (H, W, 3); other sizes than 64x64 are resized first.  Objects come in reading
-    order, one inside another directly before it; positions are within 1-2 px.  Names that cannot be told (a
-    ground or colour unlike any, a form that fits nothing) are "unknown".  Never raises on an RGB picture.
+    image is a PIL picture or uint8 (H, W, 3); other sizes than 64x64 are resized first.  Objects come in
+    reading order, one inside another directly before it; positions are within 2 px.  Names not to be told
+    (a ground or colour unlike any, a form that fits nothing) are "unknown".  Never raises on an RGB picture.
     """
     pixels = _canonical(image)
     sides = pixels[:2], pixels[-2:], pixels[2:-2, :2], pixels[2:-2, -2:]
@@ -119,7 +119,7 @@ def _shrunk(mask: np.ndarray) -> np.ndarray:
 
 
 def _regions(mask: np.ndarray) -> list[_Region]:
-    """8-connected regions of a mask grown by 1 px, without those that had no more than _SPECK pixels before."""
+    """8-connected regions of a mask grown by 1 px, without those of no more than _SPECK pixels before."""
     grown = _grown(mask)
     height, width = grown.shape
     flat = np.zeros((height, width + 2), np.int8)
@@ -203,7 +203,7 @@ def _coloured(part: np.ndarray, base: np.ndarray) -> tuple[int, float]:
 
 
 def _layered(pixels: np.ndarray, base: np.ndarray, region: _Region, depth: int) -> list[Object]:
-    """The objects of a region of several colours, nested or touching: the main one and what is drawn on it."""
+    """The objects of a region of several colours, nested or touching: the main one and what is on it."""
     near = np.linalg.norm(pixels[region.mask][:, None] - _PALETTE, axis=-1)
     votes = near.argmin(1)[near.min(1) < _COLOUR_REACH]
     colour = int(np.bincount(votes, minlength=len(_NAMES)).argmax())
@@ -234,7 +234,7 @@ def _layered(pixels: np.ndarray, base: np.ndarray, region: _Region, depth: int) 
 
 
 def _along(pixels: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """How far each pixel is from `start` to `end`, float32 (64, 64) in 0..1.3; luma counts more than chroma."""
+    """How far each pixel is from `start` to `end`, float32 (64, 64) in 0..1.3; luma counts above chroma."""
     axis = (end - start) @ _SHARP
     share = (pixels - start) @ _SHARP @ axis / (axis @ axis + 1e-6)
     return np.clip(share, 0.0, 1.3).astype(np.float32)

@@ -1,12 +1,12 @@
 """Scenes of one to three flat shapes on a plain ground, and their pictures.
 
-The canonical picture is 64x64 pixels.  Object centres lie on a 4-pixel lattice, stripes and dots repeat every
-4 pixels and are anchored to that lattice.  This is deliberate: cut into 4x4 or 8x8 patches, the world has few
+The canonical picture is 64x64 pixels.  Object centres lie on a 4-pixel lattice; stripes are 4 pixels apart
+and dots sit on every other lattice point.  This is deliberate: cut into 4x4 or 8x8 patches, the world has few
 distinct patches, so a small discrete code grid can express every picture exactly, and what a model gets wrong
 is what it did not learn rather than what its codes could not say.
 
-x runs right and y runs down, in canonical pixels; a centre (20, 32) is the corner shared by pixels 19 and 20 in
-x and by pixels 31 and 32 in y.
+x runs right and y runs down, in canonical pixels; a centre (20, 32) is the corner shared by pixels 19 and 20
+in x and by pixels 31 and 32 in y.
 
 Relations are facts about centres and radii, see `relation_of`.
 """
@@ -124,9 +124,9 @@ def known(kind: str, got: str, names: Iterable[str]) -> str:
 def relation_of(a: Object, b: Object) -> str:
     """The one relation in which `a` stands to `b`.
 
-    inside: `a` is of a smaller size and its bounding box lies within that of `b` (give or take 1 px).  Otherwise
-    the longer of the two distances between the centres decides, the horizontal one at a tie.  Scenes of this
-    world keep the longer at least DOMINANCE px beyond the shorter, so they are never near a tie.
+    inside: `a` is of a smaller size and its bounding box lies within that of `b` (give or take 1 px).
+    Otherwise the longer of the two distances between the centres decides, the horizontal one at a tie.
+    Scenes of this world keep the longer at least DOMINANCE px beyond the shorter: never near a tie.
     """
     dx, dy = b.x - a.x, b.y - a.y
     slack = RADII[b.size] - RADII[a.size]
@@ -225,7 +225,9 @@ def render(scene: Scene, resolution: int = CANVAS) -> np.ndarray:
     picture = np.empty((resolution, resolution, 3), np.uint8)
     picture[:] = GROUNDS[known("ground", scene.ground, GROUNDS)]
     for thing in reversed(scene.objects):  # an inner object comes before the one around it
-        known("form", thing.form, FORMS), known("size", thing.size, SIZES), known("fill", thing.fill, FILLS)
+        known("form", thing.form, FORMS)
+        known("size", thing.size, SIZES)
+        known("fill", thing.fill, FILLS)
         colour = np.array(COLOURS[known("colour", thing.colour, COLOURS)], np.int32)
         a = alpha(thing.form, thing.size, thing.fill, scale)
         half = len(a) // 2
@@ -239,7 +241,7 @@ def render(scene: Scene, resolution: int = CANVAS) -> np.ndarray:
 
 
 class _Draw:
-    """Integers from a counter-based generator: raw Philox words are the same on every platform and version."""
+    """Integers from a counter-based generator: raw Philox words are the same on every platform."""
 
     def __init__(self, seed: int, stream: int, index: int) -> None:
         key = np.array([seed, stream], np.uint64)

@@ -70,12 +70,14 @@ class ImageTokenizerStage:
         return cosine(step, self.config.tau_steps, self.config.tau_start, self.config.tau_end)
 
     def kl_weight(self, step: int) -> float:
-        return cosine(step, self.config.kl_steps, 0.0, self.config.kl_weight)
+        return cosine(step, self.config.kl_steps, self.config.kl_start, self.config.kl_weight)
 
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
         tau, kl_weight = self.tau(step), self.kl_weight(step)
-        loss, reconstruction, kl = self.model.relaxed_loss(batch, tau, kl_weight, noise)
+        loss, reconstruction, kl = self.model.relaxed_loss(
+            batch, tau, kl_weight, noise, train_encoder=step >= self.config.decoder_first
+        )
         return loss, {
             "reconstruction": reconstruction.detach(),
             "kl": kl.detach(),

@@ -81,8 +81,11 @@ class ImageTokenizerTraining(FitConfig):
     tau_start: float = 1.0
     tau_end: float = 1 / 16
     tau_steps: int = 150_000
+    kl_start: float = 0.0
     kl_weight: float = 6.6
     kl_steps: int = 5_000
+    data_init: bool = False  # start the codes from the data, see DVAE.initialise_codes
+    decoder_first: int = 0  # updates in which only the decoder learns, so that data_init's codes are not lost
     weight_decay: float = 1e-4
     # The codes are checked before stage 2 starts; below these the run stops.
     min_psnr: float = 15.0

@@ -34,7 +34,7 @@ from armchair.image.dvae import DVAE
 from armchair.image.pixels import BrokenSample
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior
-from armchair.runtime import autocast, stream_seed
+from armchair.runtime import autocast, generator, stream_seed
 from armchair.text.bpe import TextTokenizer
 from armchair.train.image_tokenizer import ImageTokenizerStage, check_codes, code_figures, fixed_images
 from armchair.train.loop import fit
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("text-tokenizer", "image-tokenizer", "prior")
 VALIDATION_IMAGES = 512
+INIT_IMAGES = 128  # what the codes start from, where a recipe asks for it
 
 
 class Run:
@@ -88,6 +89,9 @@ class Run:
         model = _initialised(lambda: DVAE(self.recipe.image_tokenizer), self.recipe.seed, "image_tokenizer")
         if self.init is not None:
             _load(model, self.init, "image_tokenizer")
+        elif self.recipe.image_tokenizer_training.data_init:
+            sample = fixed_images(self.train_source, INIT_IMAGES, self.recipe.data.resolution)
+            model.initialise_codes(sample, generator(self.recipe.seed, "initialise codes"))
         validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution)
         stage = ImageTokenizerStage(self.recipe, model, self.train_source, validation)
         average = self._fit(stage, self.recipe.image_tokenizer_training)

@@ -1,0 +1,5 @@
+import sys
+
+from armchair.cli import main
+
+sys.exit(main())

@@ -1,0 +1,556 @@
+"""The command line: a table of commands, each a plain function of its parsed flags.
+
+Whatever a command needs is imported inside it, so that `--help` and wrong requests answer at once. Results go
+to stdout, everything that is for people to stderr; exit codes are in `armchair.errors`, 130 is Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from armchair import __version__
+from armchair.config import nearest
+from armchair.errors import ArmchairError, RequestError
+
+if TYPE_CHECKING:
+    from armchair.sample.pipeline import Artist, Drawing
+
+TRACEBACK = "ARMCHAIR_TRACEBACK"
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    logger = logging.getLogger("armchair")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("armchair: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        say("armchair: interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if "--traceback" in argv or os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exc()
+        return _tell(error)
+    finally:
+        logger.removeHandler(handler)
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _tell(error: Exception) -> int:
+    code = error.exit_code if isinstance(error, ArmchairError) else 1
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    elif not isinstance(error, ArmchairError):
+        text = f"unexpected {type(error).__name__}: {text[:300]} (--traceback or {TRACEBACK}=1 shows where)"
+    say(f"armchair: error: {text}")
+    return code
+
+
+# Drawing.
+
+
+def draw(args: argparse.Namespace) -> None:
+    from armchair.sample.pipeline import check_free, check_prompt, load_artist, target_paths
+
+    out, count = Path(args.out), args.keep or args.candidates
+    for prompt in args.prompts:
+        check_prompt(prompt)
+    if len(args.prompts) > 1 and out.suffix.lower() == ".png" and not out.is_dir():
+        raise RequestError(f"--out {out} is one file for {len(args.prompts)} prompts; name a folder")
+    check_free([path for p in args.prompts for path in target_paths(out, p, count, args.grid)], args.force)
+    artist = load_artist(args.model, args.device)
+    results = []
+    for prompt in args.prompts:
+        began = time.perf_counter()
+        drawing = artist.draw(prompt, **_sampling(args))
+        results.append(_save(drawing, out, args, time.perf_counter() - began))
+    if args.json:
+        print_json(results[0] if len(results) == 1 else results)
+
+
+def complete(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from armchair.image.pixels import BrokenSample, read_image
+    from armchair.sample.pipeline import check_free, check_prompt, load_artist, target_paths
+
+    out = Path(args.out)
+    check_prompt(args.prompt)
+    try:
+        image = Image.fromarray(read_image(Path(args.image)))
+    except BrokenSample as broken:
+        raise RequestError(f"{args.image}: {broken.cause}; expected a picture such as a PNG or JPEG") from None
+    check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
+    artist: Artist = load_artist(args.model, args.device)
+    began = time.perf_counter()
+    drawing = artist.complete(
+        image, args.prompt, redraw=args.redraw, keep_top=args.keep_top, **_sampling(args)
+    )
+    result = _save(drawing, out, args, time.perf_counter() - began)
+    if args.json:
+        print_json(result)
+
+
+def redraw(args: argparse.Namespace) -> None:
+    from armchair.sample.pipeline import check_free, redraw_png, target_paths
+    from armchair.sample.png import read_record
+
+    read_record(Path(args.image))  # a picture without one is refused before anything else
+    (target,) = target_paths(Path(args.out), f"{Path(args.image).stem} again", 1)
+    check_free([target], args.force)
+    began = time.perf_counter()
+    drawing = redraw_png(args.image, args.device, args.model)
+    args.grid = False
+    result = _save(drawing, target, args, time.perf_counter() - began)
+    if args.json:
+        print_json(result)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "guidance")
+    return {name: getattr(args, name) for name in names}
+
+
+def _save(drawing: "Drawing", out: Path, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    paths = drawing.save(out, grid=args.grid, force=args.force)
+    count = len(drawing.images)
+    names = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    say(f"{pictures} of {drawing.prompt[:60]!r} in {seconds:.1f} s -> {names}")
+    return drawing.to_json(paths)
+
+
+# Training and data.
+
+
+def train(args: argparse.Namespace) -> int:
+    try:
+        import yaml
+    except ImportError:
+        raise RequestError("training needs more packages than drawing: pip install 'armchair[train]'") from None
+    from armchair.bundle import find_bundle, read_bundle
+    from armchair.runtime import pick_device
+    from armchair.train.loop import Interrupted
+    from armchair.train.recipe import read_recipe, recipe_for_init
+    from armchair.train.run import start_run
+
+    overrides: dict[str, Any] = {}
+    if args.data:  # the recipe's own validation pictures are of its own data
+        overrides = {"data.train": args.data, "data.val": []}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise RequestError(f"--set {item!r}: expected NAME=VALUE, such as prior.n_layer=4")
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RequestError(f"--set {item!r}: {value!r} is not a YAML value") from None
+    recipe = read_recipe(Path(args.recipe), overrides)
+    init = None
+    if args.init is not None:
+        init = read_bundle(find_bundle(args.init))
+        recipe = recipe_for_init(recipe, init)
+    folder = Path(args.out or f"runs/{recipe.name}")
+    device = pick_device(args.device)
+    with _first_interrupt_asks() as should_stop:
+        run = start_run(
+            recipe,
+            folder,
+            resume=args.resume,
+            report_stream=sys.stderr,
+            device=device,
+            init=init,
+            should_stop=should_stop,
+        )
+        try:
+            if args.stage == "all":
+                run.bundle()
+            else:
+                run.stage(args.stage)
+        except Interrupted as stopped:
+            say(f"armchair: {stopped}; go on with --resume")
+            return INTERRUPTED
+        finally:
+            run.report.close()
+    return 0
+
+
+@contextlib.contextmanager
+def _first_interrupt_asks() -> Iterator[Callable[[], bool]]:
+    """While inside, the first Ctrl-C only turns the yielded function true; the second stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("\narmchair: stopping after this step; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def data_build(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from armchair.shapes.world import ShapesSource
+
+    if args.name != "shapes":
+        raise RequestError(f"unknown set {args.name!r}: {nearest(args.name, ['shapes'])}")
+    source = ShapesSource(args.count, seed=args.seed, split=args.split)
+    out = Path(os.path.realpath(args.out))
+    _check_buildable(out, args.force)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
+    digits = max(6, len(str(len(source) - 1)))
+    try:
+        partial.mkdir(parents=True)
+        for i, (picture, captions) in enumerate(source):
+            name = f"{i:0{digits}}"
+            Image.fromarray(picture).save(partial / f"{name}.png")
+            (partial / f"{name}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+            if (i + 1) * 10 // len(source) != i * 10 // len(source):
+                say(f"{i + 1} of {len(source)} pictures")
+        if out.exists():
+            os.replace(out, partial / ".old")
+        os.replace(partial, out)
+        shutil.rmtree(out / ".old", ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"{len(source)} captioned images -> {args.out}")
+
+
+def _check_buildable(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RequestError(f"{out} is a file; --out names a folder")
+    names = sorted(os.listdir(out))
+    if names and not force:
+        raise RequestError(f"{out} is not empty: choose another folder, or --force to replace the set in it")
+    if others := [name for name in names if not re.fullmatch(r"\d{6,}\.(png|txt)", name)]:
+        raise RequestError(f"{out} holds {others[0]!r}, which would be lost: choose another folder")
+
+
+def data_inspect(args: argparse.Namespace) -> None:
+    from armchair.data.inspection import inspect
+    from armchair.data.sources import DataConfig, open_source
+
+    sheet = None if args.sheet is None else Path(args.sheet)
+    if sheet is not None and os.path.lexists(sheet) and not args.force:
+        raise RequestError(f"{sheet} is there already: choose another name, or --force")
+    config = DataConfig()
+    found = inspect(open_source(args.paths, config), config, sheet=sheet)
+    if sheet is not None:
+        say(f"contact sheet -> {sheet}" if found["images"] else "no contact sheet: there is no usable picture")
+    if args.json:
+        print_json(found)
+        return
+    words = found["caption_words"]
+    broken = ", ".join(f"{n} {cause}" for cause, n in found["broken"].items())
+    rows = {
+        "images": found["images"],
+        "broken": broken or "none",
+        "captions": found["captions"],
+        "words a caption": "{min} to {max}, median {median:g}".format(**words) if words else "-",
+        "distinct words": found["distinct_words"],
+        "frequent words": ", ".join(f"{word} {n}" for word, n in found["frequent_words"][:15]) or "-",
+        "sizes": ", ".join(f"{size} {n}" for size, n in found["sizes"].items()) or "-",
+        "beyond 2:1": f"{found['odd_aspect']:.1%}",
+        "duplicates": found["duplicates"],
+    }
+    print_rows(rows)
+
+
+def info(args: argparse.Namespace) -> None:
+    from armchair.bundle import find_bundle, read_bundle
+
+    bundle = read_bundle(find_bundle(args.model))
+    sizes = {part: sum(w.numel() for w in bundle.weights(part).values()) for part in bundle.parts}
+    known = {**bundle.info, "name": bundle.name, "fingerprint": bundle.fingerprint, "path": str(bundle.path)}
+    if args.json:
+        print_json({**known, "parameters": sizes, "card": bundle.card})
+        return
+    rows = {name: known[name] for name in ("name", "path", "fingerprint")}
+    rows |= {part: f"{n / 1e6:.2f} M parameters" for part, n in sizes.items()}
+    print_rows(rows)
+    print(f"\n{bundle.card.rstrip()}")  # metrics, data and licence are in it
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data))  # ASCII: any prompt fits any terminal's encoding
+
+
+def print_rows(rows: dict[str, Any]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
+
+
+# Flags.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        expected = f"expected a whole number from {low} to {high}" if high else f"expected a whole number >= {low}"
+        with contextlib.suppress(ValueError):
+            value = int(text)
+            if low <= value and (high is None or value <= high):
+                return value
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _corners(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d{1,9},\d{1,9}(,\d{1,9},\d{1,9})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected X,Y or X,Y,X2,Y2 in pixels, got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def _model_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", metavar="M", help="bundle directory or .zip, bundled name or hub id")
+    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+
+
+def _output_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", default=".", metavar="FILE|DIR", help="a name in .png, or a folder (default: here)")
+    p.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    p.add_argument("--force", action="store_true", help="overwrite files")
+
+
+def _sampling_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-n", "--candidates", type=_whole(1, 4096), default=4, metavar="N", help="pictures (default: 4)")
+    p.add_argument("--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all)")
+    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)")
+    p.add_argument("--temperature", type=_number, metavar="T", help="0 is greedy, 1 the model's own spread")
+    p.add_argument("--top-k", type=_whole(0), metavar="K", help="draw from the K likeliest codes, 0 for all")
+    p.add_argument("--top-p", type=_number, metavar="P", help="draw from the likeliest codes of mass P, 1 for all")
+    p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
+    p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
+
+
+def _draw_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; several are drawn one by one")
+    _model_flags(p)
+    _sampling_flags(p)
+    _output_flags(p)
+
+
+def _complete_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("image", metavar="IMAGE", help="a picture, cut square and resized to the model's resolution")
+    p.add_argument("prompt", metavar="PROMPT", help="what the whole picture shall show")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument(
+        "--keep-top", type=_number, metavar="FRACTION", help="share of the height to keep (default: 0.5)"
+    )
+    where.add_argument(
+        "--redraw", type=_corners, metavar="X,Y[,X2,Y2]", help="rectangle to draw anew, in pixels of the result"
+    )
+    _model_flags(p)
+    _sampling_flags(p)
+    _output_flags(p)
+
+
+def _redraw_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("image", metavar="IMAGE.png", help="a PNG that armchair wrote")
+    _model_flags(p)
+    _output_flags(p)
+
+
+def _train_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/shapes.yaml")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="train on these folders or .tar shards; a part is kept aside to validate on",
+    )
+    p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME)")
+    p.add_argument("--init", metavar="BUNDLE", help="start from the weights of this bundle")
+    stages = ("text-tokenizer", "image-tokenizer", "prior", "all")
+    p.add_argument("--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="change a field of the recipe, any number of times"
+    )
+    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+
+
+def _build_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", metavar="NAME", help="shapes: flat shapes with exact captions")
+    p.add_argument("--out", required=True, metavar="DIR", help="a new folder, NAME.png and NAME.txt a picture")
+    p.add_argument("--count", type=_whole(1), default=20_000, metavar="N", help="pictures (default: 20000)")
+    p.add_argument("--seed", type=_whole(0), default=0, help="default: 0")
+    p.add_argument("--split", default="train", help="train (default), val, held-form-colour, …")
+    p.add_argument("--force", action="store_true", help="replace the set that is in DIR")
+
+
+def _inspect_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("paths", nargs="+", metavar="PATH", help="folders, .tar shards, globs, or shapes:val,length=100")
+    p.add_argument("--sheet", metavar="FILE", help="write a PNG with some of the pictures and captions")
+    p.add_argument("--json", action="store_true", help="print the counts as JSON")
+    p.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def _info_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[argparse.Namespace], int | None]
+    flags: Callable[[argparse.ArgumentParser], None]
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "draw": Command(
+        draw,
+        _draw_flags,
+        "draw pictures of a prompt",
+        'armchair draw "a red apple" -n 8 --seed 7 --out pictures/ --grid',
+    ),
+    "complete": Command(
+        complete,
+        _complete_flags,
+        "redraw a part of a picture, keep the rest pixel for pixel",
+        'armchair complete apple.png "a red apple" --keep-top 0.5\n'
+        'armchair complete apple.png "a red apple" --redraw 16,16,48,48 --out middle.png',
+    ),
+    "redraw": Command(
+        redraw,
+        _redraw_flags,
+        "draw a picture again from the metadata inside its PNG, bit for bit",
+        "armchair redraw a-red-apple-01.png --out again.png",
+    ),
+    "train": Command(
+        train,
+        _train_flags,
+        "train a recipe to a bundle; Ctrl-C saves the state first",
+        "armchair train recipes/shapes.yaml --out runs/shapes --set prior_training.steps=500\n"
+        "armchair train recipes/emoji.yaml --data my-pictures/ --init emoji --out runs/mine",
+    ),
+    "data build": Command(
+        data_build,
+        _build_flags,
+        "write a built-in set as a folder of captioned images",
+        "armchair data build shapes --out shapes/ --count 1000",
+    ),
+    "data inspect": Command(
+        data_inspect,
+        _inspect_flags,
+        "count what is in captioned images, and look at some",
+        "armchair data inspect my-pictures/ --sheet sheet.png",
+    ),
+    "info": Command(
+        info,
+        _info_flags,
+        "what a bundle is: sizes, figures, data, licence",
+        "armchair info runs/shapes/bundle",
+    ),
+}
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(_overview(""))
+        return 0
+    if argv[:1] == ["--version"]:
+        print(f"armchair {__version__}")
+        return 0
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else " ".join(argv[:1])
+    command = COMMANDS.get(name)
+    if command is None:
+        return _no_command(argv)
+    parser = _Parser(
+        prog=f"armchair {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"example:\n{command.example}".replace("\n", "\n  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.flags(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    try:
+        args, rest = parser.parse_known_intermixed_args(argv[len(name.split()) :])
+    except SystemExit:  # --help
+        return 0
+    if flag := next((word for word in rest if word.startswith("-")), None):
+        flags = [f for f in parser._option_string_actions if f.startswith("--")]
+        parser.error(f"unknown flag {flag!r}: {nearest(flag.partition('=')[0], flags)}")
+    if rest:
+        parser.error(f"unexpected {rest[0]!r}")
+    return command.run(args) or 0
+
+
+def _no_command(argv: list[str]) -> int:
+    group = f"{argv[0]} " if argv else ""
+    if group and any(name.startswith(group) for name in COMMANDS):
+        if argv[1:2] in (["-h"], ["--help"]):
+            print(_overview(group))
+            return 0
+    else:
+        group = ""
+    given = " ".join(argv[: 2 if group else 1])
+    known = [name for name in COMMANDS if name.startswith(group)]
+    problem = f"unknown command {given!r}" if given != group.strip() else "no command"
+    raise RequestError(f"{problem}: {nearest(given, known)}; see armchair --help")
+
+
+def _overview(group: str) -> str:
+    commands = {name: c for name, c in COMMANDS.items() if name.startswith(group)}
+    lines = [f"usage: armchair {group}COMMAND …", "", "Text-to-image models, from data to pictures.", ""]
+    lines += [f"  {name:14}{command.summary}" for name, command in commands.items()]
+    example = next(iter(commands.values())).example
+    return "\n".join([*lines, "", "armchair COMMAND --help tells more. For example:", f"  {example}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

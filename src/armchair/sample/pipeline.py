@@ -1,0 +1,581 @@
+"""From a bundle to pictures and back, on PIL images: draw, complete, draw again, encode, decode.
+
+Legend: R resolution, S grid side, N = S*S codes a picture, K codebook size, T text length.
+
+Needs torch, numpy, pillow, tokenizers and safetensors only: nothing of training or data is imported.
+"""
+
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from armchair.bundle import Bundle, bundled_names, find_bundle, read_bundle
+from armchair.config import from_dict, to_dict
+from armchair.errors import BundleError, RequestError, WorkError
+from armchair.image.dvae import DVAE, DVAEConfig
+from armchair.image.pixels import BrokenSample, _rgb, read_image, square, stack, to_pil
+from armchair.image.sheet import contact_sheet
+from armchair.prior.sequence import StreamShape, null_text
+from armchair.prior.transformer import Prior, PriorConfig
+from armchair.runtime import pick_device
+from armchair.sample.generate import (
+    FREE,
+    MICRO_BATCH,
+    candidate_uniforms,
+    draw_codes,
+    draw_micro_batch,
+    read_prompts,
+)
+from armchair.sample.next_token import Settings
+from armchair.sample.png import output_paths, read_record, save_png
+from armchair.text.bpe import TextTokenizer
+
+MAX_CANDIDATES = 4096
+MAX_PROMPT = 10_000  # characters; what is left over T tokens is cut anyway
+MAX_SEED = 2**63 - 1
+UNDRAWN = (128, 128, 128)  # of a partial picture
+SHEET_CELL = 256  # pixels, about, of a picture on a contact sheet
+
+M = TypeVar("M", bound=nn.Module)
+Rectangle = tuple[int, int, int, int]  # x, y, x2, y2 in pixels; x2 and y2 are exclusive
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleId:
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a PNG carries: all that is needed to draw it again.
+
+    `model` is how the bundle was asked for, None for the default. `rectangle` and `forced` (codes that were
+    given, -1 elsewhere) are those of a completion; the kept pixels are in the PNG itself.
+    """
+
+    kind: str
+    prompt: str
+    seed: int
+    candidate: int
+    settings: Settings
+    bundle: BundleId
+    model: str | None
+    codes: tuple[tuple[int, ...], ...]
+    rectangle: Rectangle | None = None
+    forced: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawing:
+    """Pictures of one prompt, best first. `scores` are None where nothing ranks; codes are int64 (n, S, S)."""
+
+    prompt: str
+    images: list[Image.Image]
+    scores: list[float | None]
+    seeds: list[int]
+    candidates: list[int]
+    codes: np.ndarray
+    settings: Settings
+    bundle: BundleId
+    model: str | None = None
+    rectangle: Rectangle | None = None
+    forced: np.ndarray | None = None  # int64 (S, S)
+
+    def save(self, path: str | Path, *, grid: bool = False, force: bool = False) -> list[Path]:
+        """Write a PNG for each picture, and with `grid` a contact sheet; the paths, the sheet's last.
+
+        `path` is a name in .png, or a folder in which the prompt gives the name; `target_paths` has the
+        rule. Raises RequestError, before anything is written, for a file that is there already (without
+        `force`) or cannot be written, and WorkError on a full disk.
+        """
+        paths = target_paths(Path(path), self.prompt, len(self.images), grid)
+        check_free(paths, force)
+        for i, (image, place) in enumerate(zip(self.images, paths, strict=False)):
+            save_png(image, place, to_dict(self.record(i)), force=force)
+        if grid:
+            columns = math.ceil(math.sqrt(len(self.images)))
+            sheet = contact_sheet(self.images, None, columns, max(1, SHEET_CELL // self.images[0].width))
+            save_png(sheet, paths[-1], {"kind": "grid", **self._what()}, force=force)
+        return paths
+
+    def record(self, i: int) -> Record:
+        """The record of picture i."""
+        return Record(
+            kind="draw" if self.rectangle is None else "complete",
+            prompt=self.prompt,
+            seed=self.seeds[i],
+            candidate=self.candidates[i],
+            settings=self.settings,
+            bundle=self.bundle,
+            model=self.model,
+            codes=self.codes[i].tolist(),
+            rectangle=self.rectangle,
+            forced=None if self.forced is None else self.forced.tolist(),
+        )
+
+    def to_json(self, paths: Sequence[Path] | None = None) -> dict[str, Any]:
+        """The drawing as JSON data; `paths` are what `save` gave, without them each path is null."""
+        images = [
+            {
+                "path": str(paths[i]) if paths else None,
+                "candidate": self.candidates[i],
+                "seed": self.seeds[i],
+                "score": self.scores[i],
+                "codes": self.codes[i].tolist(),
+            }
+            for i in range(len(self.images))
+        ]
+        return {**self._what(), "images": images}
+
+    def _what(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "bundle": to_dict(self.bundle), "settings": to_dict(self.settings)}
+
+
+class Artist:
+    """A bundle ready to draw. Weights are read from 16 bits and computed with in 32.
+
+    The same bundle, prompt, settings and seed give the same codes and pixels on one machine, however many
+    candidates are drawn: candidate c depends on (seed, c) and on nothing else.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: torch.device, model: str | None = None) -> None:
+        """Raises BundleError, naming the part, for a bundle that lacks one or whose parts do not fit."""
+        info, where = bundle.info, f"{bundle.path}: bundle.json"
+        try:
+            recipe = info["recipe"]
+            image_config = from_dict(DVAEConfig, recipe["image_tokenizer"], "recipe.image_tokenizer")
+            prior_config = from_dict(PriorConfig, recipe["prior"], "recipe.prior")
+            defaults = {f.name: recipe["drawing"][f.name] for f in fields(Settings)}
+            self.settings = from_dict(Settings, defaults, "recipe.drawing")
+            shape = StreamShape(
+                text_vocab_size=operator.index(info["text_vocab_size"]),
+                text_length=operator.index(recipe["text_tokenizer"]["length"]),
+                codebook_size=image_config.codebook_size,
+                grid=image_config.grid,
+            )
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{where} lacks what drawing needs, or has it wrong: {error}") from None
+        except RequestError as error:
+            raise BundleError(f"{where}: {error}") from None
+        if bundle.text_tokenizer is None:
+            raise BundleError(f"{bundle.path}: no text_tokenizer.json in this bundle")
+        self.text_tokenizer = TextTokenizer.from_json(bundle.text_tokenizer)
+        if self.text_tokenizer.vocab_size != shape.text_vocab_size:
+            raise BundleError(
+                f"{bundle.path}: text_tokenizer.json has {self.text_tokenizer.vocab_size} entries, "
+                f"bundle.json says {shape.text_vocab_size}"
+            )
+        self.bundle, self.model, self.device = bundle, model, device
+        self.image_tokenizer = _load(lambda: DVAE(image_config), bundle, "image_tokenizer", device)
+        self.prior = _load(lambda: Prior(prior_config, shape), bundle, "prior", device)
+
+    @property
+    def id(self) -> BundleId:
+        return BundleId(name=self.bundle.name, fingerprint=self.bundle.fingerprint)
+
+    @property
+    def resolution(self) -> int:
+        """R, the side of a picture in pixels."""
+        return self.image_tokenizer.resolution
+
+    @property
+    def grid(self) -> int:
+        """S, the side of a picture in codes."""
+        return self.image_tokenizer.grid
+
+    def draw(
+        self,
+        prompt: str,
+        *,
+        candidates: int = 4,
+        keep: int | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+    ) -> Drawing:
+        """Draw `candidates` (1 to 4096) pictures of a prompt and keep the best `keep` (0 or None: all).
+
+        Without a ranker the first ones are kept, and only they are drawn. A setting of None is the bundle's
+        own; `Settings` has the ranges. Raises RequestError for anything out of range.
+        """
+        check_prompt(prompt)
+        seed = _whole("seed", seed, 0, MAX_SEED)
+        chosen = self._candidates(candidates, keep)
+        settings = self._settings(temperature, top_k, top_p, guidance)
+        return self._drawing(prompt, chosen, seed, settings, self._draw(prompt, chosen, seed, settings))
+
+    def draw_stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+    ) -> Iterator[Image.Image | Drawing]:
+        """Draw candidate 0 and show it grow: S partial pictures, one a finished row of codes, then the Drawing.
+
+        What is not drawn yet is grey; the last partial picture is the finished one. Raises as `draw`, now and
+        not at the first picture.
+        """
+        check_prompt(prompt)
+        seed = _whole("seed", seed, 0, MAX_SEED)
+        return self._stream(prompt, seed, self._settings(temperature, top_k, top_p, guidance))
+
+    def complete(
+        self,
+        image: Image.Image,
+        prompt: str,
+        *,
+        redraw: tuple[int, ...] | None = None,
+        keep_top: float | None = None,
+        candidates: int = 4,
+        keep: int | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+    ) -> Drawing:
+        """Redraw a part of a picture (paper, figure 2c) and keep every pixel outside of it exactly.
+
+        `redraw` is a rectangle (x, y) or (x, y, x2, y2) in pixels of the R x R picture, down to the bottom
+        right corner unless x2 and y2 (exclusive) are given. `keep_top` in [0, 1) is the share of the height
+        that is kept instead; by default it is 0.5. An image of another size is cut square and resized first.
+        The codes of all cells that meet the rectangle are drawn, the others given. Raises as `draw`.
+        """
+        check_prompt(prompt)
+        seed = _whole("seed", seed, 0, MAX_SEED)
+        rectangle = _rectangle(redraw, keep_top, self.resolution)
+        chosen = self._candidates(candidates, keep)
+        settings = self._settings(temperature, top_k, top_p, guidance)
+        original = self._square(image)
+        forced = self._encode([original])[0]
+        x, y, x2, y2 = rectangle
+        cell = self.resolution // self.grid
+        forced[y // cell : math.ceil(y2 / cell), x // cell : math.ceil(x2 / cell)] = FREE
+        codes = self._draw(prompt, chosen, seed, settings, forced)
+        return self._drawing(prompt, chosen, seed, settings, codes, rectangle, forced, original)
+
+    def redraw(self, path: str | Path) -> Drawing:
+        """Draw the picture in a PNG once more from its record, bit for bit.
+
+        Raises RequestError where the PNG has no record or was drawn with another bundle, and WorkError where
+        this machine draws other codes than the recorded ones.
+        """
+        path = Path(path)
+        record = _parse_record(path)
+        if record.bundle != self.id:
+            raise RequestError(
+                f"{path} was drawn with bundle {record.bundle.name} ({record.bundle.fingerprint[:12]}), and "
+                f"{self.bundle.path} is {self.id.name} ({self.id.fingerprint[:12]}): name the right one as the model"
+            )
+        recorded = _grid_of(path, "codes", record.codes, self.grid, 0, self.image_tokenizer.codebook_size)
+        forced = original = None
+        if record.rectangle is not None and record.forced is not None:
+            forced = _grid_of(path, "forced", record.forced, self.grid, FREE, self.image_tokenizer.codebook_size)
+            _rectangle(record.rectangle, None, self.resolution)
+            original = _read_picture(path)
+            if original.shape[:2] != (self.resolution, self.resolution):
+                raise RequestError(
+                    f"{path}: the picture was resized since, its kept pixels are lost; "
+                    f"expected {self.resolution} x {self.resolution}"
+                )
+        chosen = [record.candidate]
+        codes = self._draw(record.prompt, chosen, record.seed, record.settings, forced)
+        if different := int((codes[0] != recorded).sum()):
+            raise WorkError(
+                f"{path}: {different} of {recorded.size} codes come out differently here; it was drawn on "
+                "another device, or with another version of PyTorch"
+            )
+        return self._drawing(
+            record.prompt, chosen, record.seed, record.settings, codes, record.rectangle, forced, original, record.model
+        )  # fmt: skip
+
+    def rank(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+        """Scores of images for a prompt, higher is better. Raises RequestError in a bundle without a ranker."""
+        raise RequestError(f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures")
+
+    @torch.inference_mode()
+    def likelihood(self, image: Image.Image, prompt: str) -> float:
+        """Bits per image token given the caption, -log2 p(codes | prompt) / N; lower is likelier."""
+        check_prompt(prompt)
+        codes = torch.from_numpy(self.encode(image)).to(self.device).flatten(1)
+        _, logits = self.prior(self._tokens(prompt), codes)
+        return float(F.cross_entropy(logits[0].float(), codes[0])) / math.log(2)
+
+    def encode(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+        """Images of any size, cut square and resized to R -> codes, int64 (B, S, S).
+
+        Raises RequestError for none, or for something that is not an image.
+        """
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if not images:
+            raise RequestError("images: expected at least one")
+        return self._encode([self._square(image) for image in images])
+
+    def decode(self, codes: np.ndarray | Sequence[Any]) -> list[Image.Image]:
+        """Codes (B, S, S), whole numbers in [0, K) -> B RGB images of R x R. Raises RequestError for others."""
+        try:
+            codes = np.asarray(codes)
+        except ValueError:
+            raise RequestError("codes: expected a regular array, got rows of different lengths") from None
+        s, k = self.grid, self.image_tokenizer.codebook_size
+        if codes.ndim != 3 or codes.shape[1:] != (s, s) or not len(codes):
+            raise RequestError(f"codes: expected the shape (B, {s}, {s}), got {codes.shape}")
+        if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= k:
+            raise RequestError(f"codes: expected whole numbers from 0 to {k - 1}")
+        return self._decode(codes.astype(np.int64))
+
+    def _candidates(self, candidates: int, keep: int | None) -> list[int]:
+        count = _whole("candidates", candidates, 1, MAX_CANDIDATES)
+        keep = _whole("keep", keep or 0, 0, count)
+        return list(range(keep or count))
+
+    def _settings(
+        self, temperature: float | None, top_k: int | None, top_p: float | None, guidance: float | None
+    ) -> Settings:
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return from_dict(Settings, {**to_dict(self.settings), **given})
+
+    def _tokens(self, prompt: str) -> Tensor:
+        return torch.from_numpy(self.text_tokenizer.encode([prompt], self.prior.shape.text_length)).to(self.device)
+
+    def _draw(
+        self, prompt: str, candidates: list[int], seed: int, settings: Settings, forced: np.ndarray | None = None
+    ) -> np.ndarray:
+        uniforms = candidate_uniforms(seed, candidates, self.prior.shape.image_length)
+        given = None if forced is None else torch.from_numpy(forced).flatten().expand(uniforms.shape)
+        codes = draw_codes(self.prior, self._tokens(prompt), [0] * len(candidates), uniforms, settings, given)
+        return codes.cpu().numpy()
+
+    def _stream(self, prompt: str, seed: int, settings: Settings) -> Iterator[Image.Image | Drawing]:
+        shape = self.prior.shape
+        rows = torch.zeros(MICRO_BATCH, dtype=torch.int64)
+        prompts = read_prompts(self.prior, self._tokens(prompt)).rows(rows)
+        null = read_prompts(self.prior, null_text(1, shape, self.device))
+        uniforms = candidate_uniforms(seed, [0], shape.image_length)[rows].to(self.device)
+        forced = torch.full_like(uniforms, FREE, dtype=torch.int64)
+        cell = self.resolution // self.grid
+        steps = draw_micro_batch(self.prior, prompts, null, uniforms, settings, forced)
+        for finished, drawn in enumerate(steps, start=1):
+            codes = drawn[:1].unflatten(1, (self.grid, self.grid))
+            if finished < self.grid:
+                (partial,) = to_pil(self._pixels(codes))
+                partial.paste(UNDRAWN, (0, finished * cell, self.resolution, self.resolution))
+                yield partial
+        drawing = self._drawing(prompt, [0], seed, settings, codes.cpu().numpy())
+        yield drawing.images[0].copy()
+        yield drawing
+
+    def _drawing(
+        self,
+        prompt: str,
+        candidates: list[int],
+        seed: int,
+        settings: Settings,
+        codes: np.ndarray,
+        rectangle: Rectangle | None = None,
+        forced: np.ndarray | None = None,
+        original: np.ndarray | None = None,
+        model: str | None = None,
+    ) -> Drawing:
+        images = self._decode(codes)
+        if rectangle is not None and original is not None:
+            images = [_keep_outside(image, original, rectangle) for image in images]
+        return Drawing(
+            prompt=prompt,
+            images=images,
+            scores=[None] * len(images),
+            seeds=[seed] * len(images),
+            candidates=candidates,
+            codes=codes,
+            settings=settings,
+            bundle=self.id,
+            model=model or self.model,
+            rectangle=rectangle,
+            forced=forced,
+        )
+
+    def _square(self, image: Image.Image) -> np.ndarray:
+        if not isinstance(image, Image.Image):
+            raise RequestError(f"image: expected a PIL image, got {type(image).__name__}")
+        if not min(image.size):
+            raise RequestError(f"image: expected at least one pixel, got {image.width} x {image.height}")
+        try:
+            return square(np.asarray(_rgb(image)), self.resolution)
+        except BrokenSample as broken:
+            raise RequestError(f"image: {broken.cause}; expected 8-bit RGB or grey") from None
+
+    @torch.inference_mode()
+    def _encode(self, squares: list[np.ndarray]) -> np.ndarray:
+        encode = self.image_tokenizer.encode
+        return _in_micro_batches(lambda x: encode(x.to(self.device)).cpu(), stack(squares)).numpy()
+
+    def _decode(self, codes: np.ndarray) -> list[Image.Image]:
+        return to_pil(_in_micro_batches(self._pixels, torch.from_numpy(codes)))
+
+    @torch.inference_mode()
+    def _pixels(self, codes: Tensor) -> Tensor:
+        return self.image_tokenizer.decode(codes.to(self.device)).cpu()
+
+
+def load_artist(model: str | Path | None = None, device: str = "auto") -> Artist:
+    """Open a bundle for drawing: a directory, a zip, a bundled name, a hub id, or None for the default.
+
+    `device` is `auto`, `cpu` or `cuda`. Raises BundleError for a bundle that is missing or not whole, and
+    RequestError for a device that is not here.
+    """
+    asked = None if model is None else str(model)
+    chosen = pick_device(device)
+    return Artist(read_bundle(find_bundle(asked)), device=chosen, model=asked)
+
+
+def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None = None) -> Drawing:
+    """The picture of a PNG once more, from its metadata alone; `model` says where its bundle is now, if moved.
+
+    Raises as `load_artist` and `Artist.redraw`.
+    """
+    record = _parse_record(Path(path))
+    asked = record.model if model is None else model
+    try:
+        artist = load_artist(asked, device)
+    except BundleError:
+        if model is not None or record.bundle.name not in bundled_names():
+            raise
+        artist = load_artist(record.bundle.name, device)
+    return artist.redraw(path)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises RequestError for a prompt that is empty or has more than 10,000 characters."""
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt: expected text, got {type(prompt).__name__}")
+    if not prompt.strip():
+        raise RequestError("prompt: expected some words, got an empty text")
+    if len(prompt) > MAX_PROMPT:
+        raise RequestError(f"prompt: expected at most {MAX_PROMPT} characters, got {len(prompt)}")
+
+
+def target_paths(out: Path, name: str, count: int, grid: bool = False) -> list[Path]:
+    """Where `count` pictures go, as `output_paths` has it, and with `grid` a sheet, NAME-grid.png."""
+    paths = output_paths(out, name, count)
+    if grid:
+        single = output_paths(out, name, 1)[0]
+        paths.append(single.with_name(f"{single.stem}-grid{single.suffix}"))
+    return paths
+
+
+def check_free(paths: Sequence[Path], force: bool) -> None:
+    """Raises RequestError where pictures would meet in one file, overwrite one, or cannot be written."""
+    taken: set[Path] = set()
+    for path in paths:
+        if path in taken:
+            raise RequestError(f"two pictures would be written to {path}; draw them one at a time, or change --out")
+        taken.add(path)
+        if os.path.lexists(path) and (path.is_dir() or not force):
+            raise RequestError(f"{path} is there already: choose another name, or --force")
+        folder = path.parent
+        while not os.path.lexists(folder) and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise RequestError(f"cannot write {path}: {folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RequestError(f"cannot write {path}: no permission to write in {folder}")
+
+
+def _load(make: Callable[[], M], bundle: Bundle, part: str, device: torch.device) -> M:
+    weights = bundle.weights(part)
+    with torch.random.fork_rng(devices=[]):  # the random start, soon overwritten, leaves no trace outside
+        model = make()
+    try:
+        model.load_state_dict(weights)  # copies 16 bits into 32
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise BundleError(f"{bundle.path}: {part}.safetensors does not fit the bundle's recipe: {first}") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _in_micro_batches(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`f` on MICRO_BATCH rows at a time, filled up, so that no row depends on how many there are."""
+    done = []
+    for start in range(0, len(x), MICRO_BATCH):
+        rows = torch.arange(start, start + MICRO_BATCH).clamp(max=len(x) - 1)
+        done.append(f(x[rows])[: len(x) - start])
+    return torch.cat(done)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
+        raise RequestError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+    return operator.index(value)
+
+
+def _rectangle(redraw: tuple[int, ...] | None, keep_top: float | None, resolution: int) -> Rectangle:
+    if redraw is None:
+        share = 0.5 if keep_top is None else keep_top
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise RequestError(f"keep_top: expected a share of the height from 0 to less than 1, got {share!r}")
+        return 0, min(round(share * resolution), resolution - 1), resolution, resolution
+    if keep_top is not None:
+        raise RequestError("give either keep_top or redraw, not both")
+    if not isinstance(redraw, (tuple, list)) or len(redraw) not in (2, 4):
+        raise RequestError(f"redraw: expected (x, y) or (x, y, x2, y2) in pixels, got {redraw!r}")
+    x, y = (_whole(f"redraw {name}", v, 0, resolution - 1) for name, v in zip("xy", redraw, strict=False))
+    x2, y2 = redraw[2:] or (resolution, resolution)
+    return x, y, _whole("redraw x2", x2, x + 1, resolution), _whole("redraw y2", y2, y + 1, resolution)
+
+
+def _keep_outside(drawn: Image.Image, original: np.ndarray, rectangle: Rectangle) -> Image.Image:
+    x, y, x2, y2 = rectangle
+    pixels = original.copy()
+    pixels[y:y2, x:x2] = np.asarray(drawn)[y:y2, x:x2]
+    return Image.fromarray(pixels)
+
+
+def _parse_record(path: Path) -> Record:
+    data = read_record(path)
+    if data.get("kind") not in ("draw", "complete"):
+        raise RequestError(f"{path}: only single pictures can be drawn again, this is a {data.get('kind')!r}")
+    try:
+        record = from_dict(Record, data)
+        check_prompt(record.prompt)
+        _whole("seed", record.seed, 0, MAX_SEED)
+        _whole("candidate", record.candidate, 0, MAX_CANDIDATES - 1)
+    except RequestError as error:
+        raise RequestError(f"{path}: its armchair metadata is not what this version writes: {error}") from None
+    if (record.kind == "complete") != (record.rectangle is not None and record.forced is not None):
+        raise RequestError(f"{path}: its armchair metadata is damaged: a completion has a rectangle and forced codes")
+    return record
+
+
+def _grid_of(
+    path: Path, name: str, rows: tuple[tuple[int, ...], ...], side: int, low: int, codebook_size: int
+) -> np.ndarray:
+    if [len(row) for row in rows] != [side] * side:
+        raise RequestError(f"{path}: its armchair metadata is damaged: expected {side} x {side} {name}")
+    if not all(low <= code < codebook_size for row in rows for code in row):
+        raise RequestError(f"{path}: its armchair metadata is damaged: expected {name} of {low} to {codebook_size - 1}")
+    return np.array(rows, dtype=np.int64)
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    try:
+        return read_image(path)
+    except BrokenSample as broken:
+        raise RequestError(f"{path}: {broken.cause}") from None

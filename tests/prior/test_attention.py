@@ -1,0 +1,102 @@
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armchair.errors import RequestError
+from armchair.prior.attention import PATTERNS, ImageKeys, attend, sees, stream_mask
+
+grids = st.integers(1, 16)
+patterns = st.sampled_from(PATTERNS)
+
+
+def seen(pattern: str, j: int, grid: int) -> set[int]:
+    """The image tokens that image token j sees, itself among them, as the paper describes each pattern."""
+    if pattern == "row":  # the last S tokens in raster order, back to the one right above
+        return {k for k in range(j - grid, j + 1) if k >= 0}
+    if pattern == "column":
+        return {row * grid + j % grid for row in range(j // grid + 1)}
+    if pattern == "convolutional":  # 11 x 11 around j, wrapping at the sides into the rows above and below
+        window = {j + dy * grid + dx for dy in range(-5, 6) for dx in range(-5, 6)}
+        return {k for k in window if 0 <= k <= j}
+    return set(range(j + 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(pattern=patterns, grid=grids, text_length=st.sampled_from([1, 2, 7]))
+def test_masks_are_the_papers(pattern, grid, text_length):
+    mask = stream_mask(pattern, text_length, grid)
+    length = text_length + grid**2
+    assert mask.shape == (length, length) and mask.dtype == torch.bool
+    first = text_length + 1  # after BOS and the text
+    for query in range(length):
+        expected = set(range(min(query + 1, first)))
+        if query >= first:
+            expected |= {first + k for k in seen(pattern, query - first, grid)}
+        assert set(mask[query].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("grid", [1, 2, 5, 11, 13])
+def test_sees_is_the_papers_rule(pattern, grid):
+    j = torch.arange(grid**2)
+    got = sees(pattern, j[:, None], j[None, :], grid)
+    for query in range(grid**2):
+        assert set(got[query].nonzero()[:, 0].tolist()) == seen(pattern, query, grid)
+
+
+def test_a_row_of_the_released_grid_sees_the_32_tokens_before_it():
+    mask = stream_mask("row", 256, 32)
+    assert int(mask[257 + 500, 257:].sum()) == 33
+    assert bool(mask[257 + 500, 257 + 468]) and not bool(mask[257 + 500, 257 + 467])
+
+
+@settings(deadline=None, max_examples=80)
+@given(pattern=patterns, grid=grids)
+def test_the_cache_shows_each_token_just_what_it_may_see(pattern, grid):
+    store = ImageKeys(pattern, grid)
+    n = grid**2
+    assert store.size == {"row": min(n, grid + 1), "convolutional": min(n, 5 * grid + 6)}.get(pattern, n)
+    held: list[int | None] = [None] * store.size
+    for j in range(n):
+        held[store.slot(j)] = j
+        visible = store.visible(j)
+        slots = list(range(store.size))[visible] if isinstance(visible, slice) else visible.tolist()
+        tokens = [held[s] for s in slots]
+        assert len(set(tokens)) == len(tokens)
+        assert set(tokens) == seen(pattern, j, grid)
+
+
+@settings(deadline=None, max_examples=30)
+@given(pattern=patterns, grid=st.integers(1, 6), heads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_attention_equals_the_library_kernel(pattern, grid, heads, seed):
+    mask = stream_mask(pattern, 3, grid)
+    g = tiny.seeded(seed)
+    ours, theirs = [], []
+    for _ in range(3):
+        x = torch.randn(2, heads, len(mask), 8, generator=g)
+        ours.append(x.clone().requires_grad_())
+        theirs.append(x.requires_grad_())
+    out, plain = attend(*ours, mask), F.scaled_dot_product_attention(*theirs, attn_mask=mask)
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(out.shape, generator=g)
+    (out * weight).sum().backward()
+    (plain * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_the_same_past_the_length_where_the_kernel_takes_over():
+    g = tiny.seeded()
+    q, k, v = (torch.randn(1, 1, 520, 8, generator=g) for _ in range(3))
+    mask = torch.ones(520, 520).tril().bool()
+    torch.testing.assert_close(attend(q, k, v, mask)[:, :, :500], attend(*(x[:, :, :500] for x in (q, k, v)), mask[:500, :500]))
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("rows", "row"), ("colum", "column"), ("convolution", "convolutional")])
+def test_an_unknown_pattern_names_the_nearest(wrong, right):
+    for use in (lambda: stream_mask(wrong, 4, 2), lambda: ImageKeys(wrong, 2)):
+        with pytest.raises(RequestError, match=f"{wrong}.*{right}"):
+            use()

@@ -1,0 +1,252 @@
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from armchair.errors import RequestError
+from armchair.prior.attention import PATTERNS
+from armchair.prior.sequence import StreamShape, null_text, stream_loss, text_input_ids
+from armchair.prior.transformer import Prior, PriorConfig
+from armchair.train.optim import parameter_groups
+
+layers = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3)
+grids = st.integers(1, 7)
+text_lengths = st.integers(1, 6)
+seeds = st.integers(0, 999)
+
+
+def cached_image_logits(model: Prior, text: Tensor, codes: Tensor) -> Tensor:
+    """(B, N, K), one token after the other."""
+    prompts = model.prefill(text)
+    cache = model.start(prompts)
+    logits = [prompts.logits]
+    for j in range(codes.shape[1] - 1):
+        logits.append(model.decode_step(codes[:, j], j, cache))
+    return torch.stack(logits, 1)
+
+
+def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: int) -> None:
+    stream = tiny.shape(grid, text_length)
+    model = tiny.prior(stream, *patterns, seed=seed)
+    text, codes = tiny.texts(2, stream, seed), tiny.codes(2, stream, seed)
+    with torch.no_grad():
+        whole = model(text, codes)[1]
+        stepwise = cached_image_logits(model, text, codes)
+    assert whole.shape == (2, grid**2, stream.codebook_size)
+    assert float(whole.std()) > 0.1  # the weights are not blank
+    torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(patterns=layers, grid=grids, text_length=text_lengths, seed=seeds)
+def test_cached_and_uncached_logits_agree(patterns, grid, text_length, seed):
+    assert_cache_agrees(patterns, grid, text_length, seed)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("grid", [6, 12])  # below and above the 11 x 11 window
+def test_cached_and_uncached_logits_agree_for_each_pattern(pattern, grid):
+    assert_cache_agrees([pattern, pattern], grid, 3, 7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(patterns=layers, grid=st.integers(2, 6), text_length=text_lengths, seed=seeds, data=st.data())
+def test_a_later_token_never_changes_an_earlier_logit(patterns, grid, text_length, seed, data):
+    stream = tiny.shape(grid, text_length)
+    model = tiny.prior(stream, *patterns, seed=seed)
+    text, codes = tiny.texts(1, stream, seed), tiny.codes(1, stream, seed)
+    at = data.draw(st.integers(0, stream.length - 1))
+    changed_text, changed_codes = text.clone(), codes.clone()
+    if at < text_length:
+        changed_text[0, at] = (text[0, at] + 1) % (stream.text_vocab_size + 1)
+    else:
+        changed_codes[0, at - text_length] = (codes[0, at - text_length] + 1) % stream.codebook_size
+    with torch.no_grad():
+        before_text, before_image = model(text, codes)
+        after_text, after_image = model(changed_text, changed_codes)
+    torch.testing.assert_close(after_text[:, : at + 1], before_text[:, : at + 1])
+    torch.testing.assert_close(after_image[:, : max(0, at - text_length + 1)], before_image[:, : max(0, at - text_length + 1)])
+    if at < text_length:  # every image token sees all of the text
+        assert ((after_image - before_image).abs().amax(-1) > 1e-6).all()
+    elif at < stream.length - 1:  # and the token after it sees it
+        assert (after_image[:, at - text_length + 1] - before_image[:, at - text_length + 1]).abs().max() > 1e-6
+    else:  # nothing comes after the last one
+        assert torch.equal(after_image, before_image)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_image_token_sees_all_text_in_one_layer(pattern):
+    stream = tiny.shape(4, 5)
+    model = tiny.prior(stream, pattern)
+    text, codes = torch.arange(5)[None], tiny.codes(1, stream)  # five tokens, five rows of the table
+    image = model(text, codes)[1]
+    for j in range(stream.image_length):
+        model.zero_grad()
+        image[0, j].square().sum().backward(retain_graph=True)
+        assert (model.text_embedding.weight.grad[:5].abs().amax(1) > 1e-6).all()
+
+
+def test_text_logits_never_see_the_image():
+    stream = tiny.shape()
+    model = tiny.prior(stream, "full", "convolutional")
+    text = tiny.texts(1, stream)
+    with torch.no_grad():
+        assert torch.equal(model(text, tiny.codes(1, stream, 1))[0], model(text, tiny.codes(1, stream, 2))[0])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    stream = tiny.shape()
+    model = tiny.prior(stream, "row", "column")
+    text, codes = tiny.texts(3, stream), tiny.codes(3, stream)
+    with torch.no_grad():
+        for whole, alone in zip(model(text, codes), model(text[1:2], codes[1:2]), strict=True):
+            torch.testing.assert_close(whole[1:2], alone)
+
+
+def test_each_position_has_its_own_pad():
+    stream = tiny.shape(text_length=4, vocab=11)
+    text = torch.tensor([[3, 11, 11, 11], [11, 11, 0, 10]])
+    assert text_input_ids(text, stream).tolist() == [[15, 3, 12, 13, 14], [15, 11, 12, 0, 10]]
+    assert torch.equal(null_text(2, stream), torch.full((2, 4), 11))
+    ids = text_input_ids(null_text(1, stream), stream)
+    assert len(ids.unique()) == 5 and int(ids.max()) < tiny.prior(stream, "row").text_embedding.num_embeddings
+
+
+def test_pads_are_attended_to():
+    stream = tiny.shape(text_length=4, vocab=11)
+    model = tiny.prior(stream, "row")
+    text, codes = torch.tensor([[3, 11, 11, 11]]), tiny.codes(1, stream)
+    with torch.no_grad():
+        before = model(text, codes)[1]
+        model.text_embedding.weight[11 + 3] += torch.randn(16, generator=tiny.seeded())  # the last position's pad
+        assert ((model(text, codes)[1] - before).abs().amax(-1) > 1e-6).all()
+
+
+# Initialisation, loss and training.
+
+
+def test_the_first_logits_are_uniform_and_the_first_loss_is_ln_v():
+    stream = tiny.shape(vocab=11, codebook=13)
+    model = tiny.prior(stream, *PATTERNS, blank=True)
+    text, codes = tiny.texts(3, stream), tiny.codes(3, stream)
+    text_logits, image_logits = model(text, codes)
+    assert text_logits.shape == (3, 5, 12) and not text_logits.any() and not image_logits.any()
+    loss = stream_loss(text_logits, image_logits, text, codes)
+    assert loss.text.item() == pytest.approx(math.log(12), rel=1e-6)
+    assert loss.image.item() == pytest.approx(math.log(13), rel=1e-6)
+    assert loss.loss.item() == pytest.approx(math.log(12) / 8 + math.log(13) * 7 / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 4), stream_seed=seeds, vocab=st.sampled_from([1, 30, 3000]), weight=st.floats(0, 1))
+def test_the_loss_is_the_plain_cross_entropy(dtype, rows, stream_seed, vocab, weight):
+    g = tiny.seeded(stream_seed)
+    stream = tiny.shape(6, 50, vocab, 1 + 2 * vocab)  # 200 rows of 3000 make more than one block
+    text, codes = tiny.texts(rows, stream, stream_seed), tiny.codes(rows, stream, stream_seed)
+    start = [
+        (3 * torch.randn(rows, n, v, generator=g)).to(dtype)
+        for n, v in ((stream.text_length, vocab + 1), (stream.image_length, stream.codebook_size))
+    ]
+    ours, plain = [[x.clone().requires_grad_() for x in start] for _ in range(2)]
+    loss = stream_loss(*ours, text, codes, weight)
+    plain_text, plain_image = (
+        F.cross_entropy(x.float().flatten(0, 1), y.flatten()) for x, y in zip(plain, (text, codes), strict=True)
+    )
+    plain_loss = weight * plain_text + (1 - weight) * plain_image
+    for a, b in zip(loss, (plain_loss, plain_text, plain_image), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    loss.loss.backward()
+    plain_loss.backward()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.grad.dtype == dtype
+        assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max() + 1e-12
+
+
+def test_text_weighs_an_eighth():
+    text_logits, image_logits = torch.zeros(1, 2, 4), torch.zeros(1, 9, 16)
+    loss = stream_loss(text_logits, image_logits, torch.zeros(1, 2).long(), torch.zeros(1, 9).long())
+    assert loss.loss.item() == pytest.approx(math.log(4) / 8 + 7 * math.log(16) / 8)
+
+
+def test_the_default_layers_are_the_papers():
+    config = PriorConfig()
+    expected = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, 65)]
+    expected[-1] = "convolutional"
+    assert list(config.patterns) == expected
+    assert (config.d_model, config.n_layer, config.n_head) == (3968, 64, 62)
+
+
+def test_the_default_has_twelve_billion_parameters():
+    stream = StreamShape(text_vocab_size=16384, text_length=256, codebook_size=8192, grid=32)
+    with torch.device("meta"):
+        one = Prior(PriorConfig(n_layer=1), stream)
+    block = sum(p.numel() for p in one.blocks[0].parameters())
+    total = sum(p.numel() for p in one.parameters()) + 63 * block
+    assert 12.0e9 < total < 12.5e9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"d_model": 10, "n_head": 4}, "d_model 10 is not a multiple of n_head 4"),
+        ({"n_layer": 0}, "n_layer: expected at least 1, got 0"),
+        ({"attention": ()}, "attention: expected at least one pattern"),
+        ({"attention": ("roww",)}, "roww.*'row'"),
+        ({"last_attention": "ful"}, "ful.*'full'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(RequestError, match=message):
+        PriorConfig(**fields)
+
+
+def test_a_batch_can_be_learnt_by_heart():
+    stream = tiny.shape()
+    model = tiny.prior(stream, "row", "column", width=32, blank=True)
+    text, codes = tiny.texts(4, stream), tiny.codes(4, stream)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = stream_loss(*model(text, codes), text, codes)
+        loss.loss.backward()
+        optimizer.step()
+    assert loss.image.item() < 0.1 < math.log(13) / 10
+    with torch.no_grad():
+        assert torch.equal(model(text, codes)[1].argmax(-1), codes)
+
+
+def change_after_steps(width: int, scaled: bool) -> dict[str, float]:
+    """Root mean square change of the logits and of the stream before the heads, after a few updates."""
+    stream = tiny.shape(vocab=40, codebook=40)
+    model = tiny.prior(stream, "full", "full", width=width, blank=True)
+    text, codes = tiny.texts(16, stream), tiny.codes(16, stream)
+    groups = parameter_groups(model, 0.0)
+    optimizer = torch.optim.AdamW([{**g, "lr": 2e-3 * (g["lr_scale"] if scaled else 1)} for g in groups])
+    streams = []
+    model.norm.register_forward_hook(lambda module, inputs, output: streams.append(inputs[0].detach()))
+    first = model(text, codes)[1].detach()
+    for _ in range(8):
+        optimizer.zero_grad()
+        stream_loss(*model(text, codes), text, codes).loss.backward()
+        optimizer.step()
+    last = model(text, codes)[1].detach()
+    return {
+        "logits": (last - first).square().mean().sqrt().item(),
+        "activations": (streams[-1] - streams[0]).square().mean().sqrt().item(),
+    }
+
+
+def test_one_step_size_serves_every_width():
+    scaled = [change_after_steps(width, True) for width in (64, 128, 256)]
+    for what in ("logits", "activations"):
+        changes = [s[what] for s in scaled]
+        assert max(changes) < 2 * min(changes)
+    plain = [change_after_steps(width, False)["logits"] for width in (64, 128, 256)]
+    assert max(plain) > 2 * min(plain)

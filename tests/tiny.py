@@ -1,0 +1,110 @@
+"""Models small enough for a test: milliseconds to build and run."""
+
+import math
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from armchair.image.dvae import DVAE, DVAEConfig
+from armchair.prior.sequence import StreamShape
+from armchair.prior.transformer import Prior, PriorConfig
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def dvae(seed: int = 0, **sizes: Any) -> DVAE:
+    defaults = {"resolution": 16, "patch": 2, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8}
+    config = DVAEConfig(**{**defaults, "codebook_size": 32, "stem_kernel": 3, "min_log_scale": -3.0, **sizes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DVAE(config).eval()
+
+
+def pictures(count: int, resolution: int, seed: int = 0) -> Tensor:
+    """(count, 3, R, R) in [0, 1]: each half one colour and half another, cut at its own column."""
+    g = seeded(seed)
+    colours = torch.rand(count, 2, 3, 1, 1, generator=g)
+    cut = torch.randint(resolution // 4, 3 * resolution // 4, (count, 1, 1, 1), generator=g)
+    return torch.where(torch.arange(resolution).expand(count, 3, resolution, -1) < cut, colours[:, 0], colours[:, 1])
+
+
+def shape(grid: int = 4, text_length: int = 5, vocab: int = 11, codebook: int = 13) -> StreamShape:
+    return StreamShape(text_vocab_size=vocab, text_length=text_length, codebook_size=codebook, grid=grid)
+
+
+def prior(stream: StreamShape, *patterns: str, width: int = 16, seed: int = 0, blank: bool = False) -> Prior:
+    """A prior with one layer a pattern. Its weights are random, those that start at zero too, unless `blank`."""
+    config = PriorConfig(
+        d_model=width, n_layer=len(patterns), n_head=2, attention=patterns, last_attention=None
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Prior(config, stream).eval()
+        if not blank:
+            randomise(model)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.add_(0.3 * torch.randn_like(p))
+        else:
+            std = 0.7 if "embedding" in name or "position" in name else 1 / math.sqrt(p.shape[1])
+            p.copy_(std * torch.randn_like(p))
+
+
+def texts(count: int, stream: StreamShape, seed: int = 0) -> Tensor:
+    """(count, T) text tokens, pads among them."""
+    return torch.randint(stream.text_vocab_size + 1, (count, stream.text_length), generator=seeded(seed))
+
+
+def codes(count: int, stream: StreamShape, seed: int = 0) -> Tensor:
+    """(count, N) codes."""
+    return torch.randint(stream.codebook_size, (count, stream.image_length), generator=seeded(seed + 1))
+
+
+class ToyStage:
+    """A stage of a second: a small network learns to rotate vectors; `poison` makes a step's batch infinite."""
+
+    name = "toy"
+
+    def __init__(self, poison: int | None = None, batch_size: int = 8):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.poison, self.batch_size = poison, batch_size
+        self.closed = False
+        self.validated: list[float] = []
+
+    def batches(self, start_step: int) -> Generator[Tensor, None, None]:
+        step = start_step
+        try:
+            while True:
+                x = torch.randn(self.batch_size, 4, generator=seeded(step))
+                yield x / 0 if step == self.poison else x
+                step += 1
+        finally:
+            self.closed = True
+
+    def parts(self, batch: Tensor, count: int) -> list[Tensor]:
+        return list(batch.chunk(count))
+
+    def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss = (self.model(batch) - batch.roll(1, dims=1)).square().mean()
+        return loss, {"doubled": 2 * loss.detach()}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        x = torch.randn(32, 4, generator=seeded(-1))
+        with torch.no_grad():
+            self.validated.append((model(x) - x.roll(1, dims=1)).square().mean().item())
+        return {"loss": self.validated[-1]}
+
+    def sheet(self, model: nn.Module) -> Image.Image:
+        return Image.new("RGB", (2, 2))

@@ -1,0 +1,218 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from armchair.data.sources import DataConfig
+from armchair.errors import WorkError
+from armchair.image.dvae import DVAEConfig
+from armchair.prior.transformer import PriorConfig
+from armchair.text.bpe import TextTokenizer
+from armchair.train.checkpoint import checkpoints
+from armchair.train.loop import Interrupted, fit
+from armchair.train.optim import step_size
+from armchair.train.prior import PriorStage
+from armchair.train.recipe import FitConfig, ImageTokenizerTraining, PriorTraining, Recipe, TextTokenizerConfig
+from armchair.train.report import Report
+
+CPU = torch.device("cpu")
+EVERY = {"log_every": 1, "validate_every": 10, "sheet_every": 15, "save_every": 10}
+
+
+def fit_config(**fields) -> FitConfig:
+    defaults = {"steps": 30, "batch_size": 8, "lr": 0.02, "warmup": 5, "precision": "fp32", **EVERY}
+    return FitConfig(**{**defaults, **fields})
+
+
+def train(run: Path, stage=None, config: FitConfig | None = None, **options) -> nn.Module:
+    report = Report(run, io.StringIO())
+    try:
+        return fit(stage or tiny.ToyStage(), config or fit_config(), run / "toy", report, device=CPU, **options)
+    finally:
+        report.close()
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    newest = checkpoints(run / "toy")[-1]
+    return {p.name: p.read_bytes() for p in newest.glob("*.safetensors")}
+
+
+def test_training_lowers_the_loss_and_tells_what_it_does(tmp_path):
+    stage = tiny.ToyStage()
+    average = train(tmp_path, stage, fit_config(steps=100))
+    assert stage.validated[-1] < 0.6 * stage.validated[0] and stage.closed
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+    steps = events(tmp_path, "step")
+    assert [s["step"] for s in steps] == list(range(1, 101))
+    assert all(s["doubled"] == pytest.approx(2 * s["loss"], abs=1e-5) for s in steps)
+    assert [s["lr"] for s in steps] == pytest.approx([step_size(i, fit_config(steps=100)) for i in range(100)], abs=1e-6)
+    assert [v["step"] for v in events(tmp_path, "validation")] == list(range(10, 101, 10))
+    assert sorted(p.name for p in (tmp_path / "sheets").iterdir()) == [f"toy_{n:08d}.png" for n in (15, 30, 45, 60, 75, 90, 100)]
+    assert [p.name for p in checkpoints(tmp_path / "toy")] == ["step_00000090", "step_00000100"]
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    first = train(tmp_path)
+    stage = tiny.ToyStage(poison=0)
+    assert_same_weights(first, train(tmp_path, stage))
+    assert len(events(tmp_path, "begin")) == 1
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
+    constant = {"schedule": "constant"}
+    train(tmp_path / "a", config=fit_config(steps=20, **constant))
+    longer = train(tmp_path / "a", config=fit_config(steps=30, **constant))
+    assert_same_weights(longer, train(tmp_path / "b", config=fit_config(steps=30, **constant)))
+
+
+@pytest.mark.parametrize("poison", [0, 12, 25])
+def test_a_loss_that_is_not_finite_stops_with_one_error_and_the_last_good_state(tmp_path, poison):
+    stage = tiny.ToyStage(poison)
+    with pytest.raises(WorkError) as error:
+        train(tmp_path, stage)
+    message = str(error.value)
+    assert "\n" not in message and message.startswith("toy: loss nan")
+    assert f"step {poison + 1};" in message and str(tmp_path / "toy") in message
+    assert stage.closed
+    assert [p.name for p in checkpoints(tmp_path / "toy")] == [f"step_{n:08d}" for n in (10, 20) if n <= poison]
+    # Once the cause is gone, the run goes on as if nothing had been.
+    assert_same_weights(train(tmp_path), train(tmp_path / "other"))
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
+    class Steep(tiny.ToyStage):
+        def loss(self, batch, step, part):
+            return (0 * self.model(batch).sum()).abs().sqrt(), {}
+
+    with pytest.raises(WorkError, match="toy: loss 0, gradient norm nan at step 1"):
+        train(tmp_path, Steep())
+
+
+def test_stopping_saves_a_state_that_goes_on_exactly(tmp_path):
+    straight = train(tmp_path / "straight")
+    for stops_after in (3, 9, 20, 21):
+        run = tmp_path / str(stops_after)
+        calls = iter(range(1, 100))
+        with pytest.raises(Interrupted, match=f"stopped after step {stops_after} of toy"):
+            train(run, should_stop=lambda calls=calls, last=stops_after: next(calls) == last)
+        assert checkpoints(run / "toy")[-1].name == f"step_{stops_after:08d}"
+        assert_same_weights(train(run), straight)
+        assert files_of(run) == files_of(tmp_path / "straight")
+
+
+def test_stopping_at_the_last_step_is_to_be_done(tmp_path):
+    stage, calls = tiny.ToyStage(), iter(range(1, 100))
+    train(tmp_path, stage, should_stop=lambda: next(calls) == 30)
+    assert checkpoints(tmp_path / "toy")[-1].name == "step_00000030"
+
+
+def test_a_plateau_halves_the_step_size_and_is_remembered(tmp_path):
+    class Stuck(tiny.ToyStage):
+        def validate(self, model):
+            return {"loss": 1.0}
+
+    config = fit_config(schedule="plateau", plateau_patience=1, validate_every=5)
+    calls = iter(range(1, 100))
+    with pytest.raises(Interrupted):
+        train(tmp_path, Stuck(), config, should_stop=lambda: next(calls) == 17)
+    train(tmp_path, Stuck(), config)
+    sizes = [s["lr"] for s in events(tmp_path, "step")]
+    assert sizes[5:] == pytest.approx(5 * [0.02] + 5 * [0.01] + 5 * [0.005] + 5 * [0.0025] + 5 * [0.00125], abs=1e-6)
+
+
+def test_gradients_are_clipped(tmp_path):
+    class Harsh(tiny.ToyStage):
+        def loss(self, batch, step, part):
+            return 1e6 * super().loss(batch, step, part)[0], {}
+
+    # With such an epsilon an update is in proportion to the clipped gradient, however harsh the loss is.
+    start = tiny.ToyStage().model
+    config = fit_config(steps=1, clip=0.5, eps=1e3, lr=1.0, warmup=0, ema=0.0, schedule="constant")
+    moved = train(tmp_path, Harsh(), config)
+    change = torch.cat([(a - b).flatten() for a, b in zip(start.parameters(), moved.parameters(), strict=True)])
+    assert change.norm().item() == pytest.approx(0.5 / 1e3, rel=0.01)
+    assert events(tmp_path, "step")[0]["grad_norm"] > 1e4
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_batch_in_parts_is_the_batch(tmp_path, count):
+    whole = train(tmp_path / "whole", config=fit_config(eps=1e-4))
+    parts = train(tmp_path / "parts", config=fit_config(eps=1e-4, accumulate=count))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    losses = [[s["loss"] for s in events(tmp_path / run, "step")] for run in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+class Codes:
+    """A token cache in memory."""
+
+    def __init__(self, count: int, stream, views: int = 2):
+        self.values = torch.randint(stream.codebook_size, (count, views, stream.image_length), generator=tiny.seeded())
+        self.captions = [[[f"a picture of {i}", f"number {i}"]] for i in range(count)]
+        self.weights, self.views = np.ones(count), views
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def codes(self, images: np.ndarray, views: np.ndarray) -> torch.Tensor:
+        return self.values[images, views]
+
+
+def prior_stage(accumulate: int = 1, **fields) -> PriorStage:
+    stream = tiny.shape(grid=4, text_length=6, vocab=300, codebook=32)
+    training = {"steps": 6, "batch_size": 8, "lr": 2e-3, "warmup": 2, "precision": "fp32", "eps": 1e-4, **EVERY}
+    recipe = Recipe(
+        name="tiny",
+        data=DataConfig(resolution=16),
+        text_tokenizer=TextTokenizerConfig(vocab_size=300, length=6),
+        image_tokenizer=DVAEConfig(resolution=16, patch=2, n_groups=2, n_hid=8, codebook_size=32),
+        prior=PriorConfig(d_model=16, n_layer=2, n_head=2, attention=("row",)),
+        image_tokenizer_training=ImageTokenizerTraining(steps=1, batch_size=1, lr=1e-3),
+        prior_training=PriorTraining(**{**training, "accumulate": accumulate, **fields}),
+    )
+    codes = Codes(20, stream)
+    tokenizer = TextTokenizer.train((c for image in codes.captions for texts in image for c in texts), 300)
+    model = tiny.prior(tiny.shape(4, 6, tokenizer.vocab_size, 32), "row", "convolutional")
+    return PriorStage(recipe, model, tokenizer, tiny.dvae(), codes, codes)
+
+
+def test_a_priors_batch_in_four_parts_is_the_batch(tmp_path):
+    results = []
+    for count in (1, 4):
+        stage = prior_stage(count)
+        results.append(train(tmp_path / str(count), stage, stage.config))
+    for a, b in zip(*(r.parameters() for r in results), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_priors_batches_are_a_function_of_the_step():
+    late, stream = prior_stage().batches(3), prior_stage().batches(0)
+    batches = [next(stream) for _ in range(5)]
+    assert all(torch.equal(a, b) for a, b in zip(next(late), batches[3], strict=True))
+    text, codes = batches[0]
+    assert text.shape == (8, 6) and codes.shape == (8, 16) and text.dtype == codes.dtype == torch.int64
+    assert not torch.equal(batches[0][1], batches[1][1])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
+def test_captions_are_left_out_as_often_as_asked(share):
+    stage = prior_stage(caption_dropout=share, batch_size=400)
+    text, _ = next(stage.batches(0))
+    empty = (text == stage.text_tokenizer.pad_id).all(1).float().mean()
+    assert abs(float(empty) - share) < 0.08

@@ -1,0 +1,38 @@
+"""Train a tiny recipe on drawn shapes: `python train_tiny.py RUN`. A run that was begun goes on."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from armchair.config import from_dict
+from armchair.train.recipe import Recipe
+from armchair.train.run import Run, start_run
+
+STEPS = 150
+FIT = {
+    "steps": STEPS, "batch_size": 4, "accumulate": 2, "lr": 2e-3, "warmup": 5,
+    "log_every": 1, "validate_every": 20, "sheet_every": 50, "save_every": 3,
+}  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"train": ["shapes:train,length=40"], "val": ["shapes:val,length=8"], "weights": {"red": 2.0}},
+    "text_tokenizer": {"vocab_size": 300, "length": 12},
+    "image_tokenizer": {"resolution": 64, "patch": 8, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8, "codebook_size": 32},
+    "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"]},
+    "image_tokenizer_training": {**FIT, "tau_steps": 100, "kl_steps": 50, "data_init": True, "min_psnr": -99.0, "min_usage": 0.0},
+    "prior_training": {**FIT, "views": 2, "schedule": "plateau", "plateau_patience": 1},
+    "drawing": {"prompts": ["a red circle"]},
+}  # fmt: skip
+
+
+def open_run(folder: Path, data: dict[str, Any] = RECIPE) -> Run:
+    return start_run(from_dict(Recipe, data), folder, resume=True, device=torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run = open_run(Path(sys.argv[1]))
+    run.stage("image-tokenizer")
+    run.stage("prior")
