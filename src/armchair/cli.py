@@ -26,7 +26,7 @@ from armchair.config import nearest
 from armchair.errors import ArmchairError, RequestError
 
 if TYPE_CHECKING:
-    from armchair.sample.pipeline import Artist, Drawing
+    from armchair.sample.pipeline import Drawing
 
 TRACEBACK = "ARMCHAIR_TRACEBACK"
 INTERRUPTED = 130
@@ -65,7 +65,8 @@ def say(text: str) -> None:
 
 
 def _tell(error: Exception) -> int:
-    code = error.exit_code if isinstance(error, ArmchairError) else 1
+    wrong_path = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    code = error.exit_code if isinstance(error, ArmchairError) else 2 if isinstance(error, wrong_path) else 1
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
@@ -108,9 +109,9 @@ def complete(args: argparse.Namespace) -> None:
     try:
         image = Image.fromarray(read_image(Path(args.image)))
     except BrokenSample as broken:
-        raise RequestError(f"{args.image}: {broken.cause}; expected a picture such as a PNG or JPEG") from None
+        raise RequestError(f"{args.image}: {broken.cause}; expected a PNG, JPEG or the like") from None
     check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
-    artist: Artist = load_artist(args.model, args.device)
+    artist = load_artist(args.model, args.device)
     began = time.perf_counter()
     drawing = artist.complete(
         image, args.prompt, redraw=args.redraw, keep_top=args.keep_top, **_sampling(args)
@@ -129,7 +130,6 @@ def redraw(args: argparse.Namespace) -> None:
     check_free([target], args.force)
     began = time.perf_counter()
     drawing = redraw_png(args.image, args.device, args.model)
-    args.grid = False
     result = _save(drawing, target, args, time.perf_counter() - began)
     if args.json:
         print_json(result)
@@ -156,12 +156,12 @@ def train(args: argparse.Namespace) -> int:
     try:
         import yaml
     except ImportError:
-        raise RequestError("training needs more packages than drawing: pip install 'armchair[train]'") from None
+        raise RequestError("training needs more packages: pip install 'armchair[train]'") from None
     from armchair.bundle import find_bundle, read_bundle
     from armchair.runtime import pick_device
     from armchair.train.loop import Interrupted
-    from armchair.train.recipe import read_recipe, recipe_for_init
-    from armchair.train.run import start_run
+    from armchair.train.recipe import read_recipe
+    from armchair.train.run import recipe_for_init, start_run
 
     overrides: dict[str, Any] = {}
     if args.data:  # the recipe's own validation pictures are of its own data
@@ -213,7 +213,8 @@ def _first_interrupt_asks() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("\narmchair: stopping after this step; Ctrl-C again stops at once")
+        # Not `say`: the signal may have come in the middle of a write to stderr.
+        os.write(2, b"\narmchair: stopping after this step; Ctrl-C again stops at once\n")
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -232,20 +233,21 @@ def data_build(args: argparse.Namespace) -> None:
     source = ShapesSource(args.count, seed=args.seed, split=args.split)
     out = Path(os.path.realpath(args.out))
     _check_buildable(out, args.force)
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
+    partial, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{state}") for state in ("partial", "old"))
     digits = max(6, len(str(len(source) - 1)))
     try:
         partial.mkdir(parents=True)
-        for i, (picture, captions) in enumerate(source):
+        for i in range(len(source)):
+            picture, captions = source[i]
             name = f"{i:0{digits}}"
             Image.fromarray(picture).save(partial / f"{name}.png")
             (partial / f"{name}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
             if (i + 1) * 10 // len(source) != i * 10 // len(source):
                 say(f"{i + 1} of {len(source)} pictures")
         if out.exists():
-            os.replace(out, partial / ".old")
+            os.replace(out, old)
         os.replace(partial, out)
-        shutil.rmtree(out / ".old", ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"{len(source)} captioned images -> {args.out}")
@@ -273,7 +275,9 @@ def data_inspect(args: argparse.Namespace) -> None:
     config = DataConfig()
     found = inspect(open_source(args.paths, config), config, sheet=sheet)
     if sheet is not None:
-        say(f"contact sheet -> {sheet}" if found["images"] else "no contact sheet: there is no usable picture")
+        say(
+            f"contact sheet -> {sheet}" if found["images"] else "no contact sheet: there is no usable picture"
+        )
     if args.json:
         print_json(found)
         return
@@ -328,12 +332,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        expected = f"expected a whole number from {low} to {high}" if high else f"expected a whole number >= {low}"
+        span = f"from {low} to {high}" if high else f"of {low} or more"
         with contextlib.suppress(ValueError):
             value = int(text)
             if low <= value and (high is None or value <= high):
                 return value
-        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number {span}, got {text!r}")
 
     return parse
 
@@ -357,18 +361,28 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _output_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", default=".", metavar="FILE|DIR", help="a name in .png, or a folder (default: here)")
+    p.add_argument(
+        "--out", default=".", metavar="FILE|DIR", help="a name in .png or a folder (default: here)"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     p.add_argument("--force", action="store_true", help="overwrite files")
 
 
 def _sampling_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-n", "--candidates", type=_whole(1, 4096), default=4, metavar="N", help="pictures (default: 4)")
-    p.add_argument("--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all)")
-    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)")
+    p.add_argument(
+        "-n", "--candidates", type=_whole(1, 4096), default=4, metavar="N", help="how many (default: 4)"
+    )
+    p.add_argument(
+        "--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all)"
+    )
+    p.add_argument(
+        "--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)"
+    )
     p.add_argument("--temperature", type=_number, metavar="T", help="0 is greedy, 1 the model's own spread")
     p.add_argument("--top-k", type=_whole(0), metavar="K", help="draw from the K likeliest codes, 0 for all")
-    p.add_argument("--top-p", type=_number, metavar="P", help="draw from the likeliest codes of mass P, 1 for all")
+    p.add_argument(
+        "--top-p", type=_number, metavar="P", help="draw from the likeliest codes of mass P, 1 for all"
+    )
     p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
     p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
 
@@ -381,14 +395,19 @@ def _draw_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _complete_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("image", metavar="IMAGE", help="a picture, cut square and resized to the model's resolution")
+    p.add_argument(
+        "image", metavar="IMAGE", help="a picture, cut square and resized to the model's resolution"
+    )
     p.add_argument("prompt", metavar="PROMPT", help="what the whole picture shall show")
     where = p.add_mutually_exclusive_group()
     where.add_argument(
         "--keep-top", type=_number, metavar="FRACTION", help="share of the height to keep (default: 0.5)"
     )
     where.add_argument(
-        "--redraw", type=_corners, metavar="X,Y[,X2,Y2]", help="rectangle to draw anew, in pixels of the result"
+        "--redraw",
+        type=_corners,
+        metavar="X,Y[,X2,Y2]",
+        help="rectangle to draw anew, in pixels of the result",
     )
     _model_flags(p)
     _sampling_flags(p)
@@ -396,6 +415,7 @@ def _complete_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _redraw_flags(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(grid=False)
     p.add_argument("image", metavar="IMAGE.png", help="a PNG that armchair wrote")
     _model_flags(p)
     _output_flags(p)
@@ -413,17 +433,25 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME)")
     p.add_argument("--init", metavar="BUNDLE", help="start from the weights of this bundle")
     stages = ("text-tokenizer", "image-tokenizer", "prior", "all")
-    p.add_argument("--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)")
+    p.add_argument(
+        "--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)"
+    )
     p.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     p.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="change a field of the recipe, any number of times"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="change a field of the recipe, any number of times",
     )
     p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
 
 
 def _build_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", help="shapes: flat shapes with exact captions")
-    p.add_argument("--out", required=True, metavar="DIR", help="a new folder, NAME.png and NAME.txt a picture")
+    p.add_argument(
+        "--out", required=True, metavar="DIR", help="a new folder, NAME.png and NAME.txt a picture"
+    )
     p.add_argument("--count", type=_whole(1), default=20_000, metavar="N", help="pictures (default: 20000)")
     p.add_argument("--seed", type=_whole(0), default=0, help="default: 0")
     p.add_argument("--split", default="train", help="train (default), val, held-form-colour, …")
@@ -431,14 +459,18 @@ def _build_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _inspect_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("paths", nargs="+", metavar="PATH", help="folders, .tar shards, globs, or shapes:val,length=100")
+    p.add_argument(
+        "paths", nargs="+", metavar="PATH", help="folders, .tar shards, globs, or shapes:val,length=100"
+    )
     p.add_argument("--sheet", metavar="FILE", help="write a PNG with some of the pictures and captions")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")
     p.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
 def _info_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given")
+    p.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given"
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -481,7 +513,7 @@ COMMANDS = {
         data_build,
         _build_flags,
         "write a built-in set as a folder of captioned images",
-        "armchair data build shapes --out shapes/ --count 1000",
+        "armchair data build shapes --out my-shapes/ --count 1000",
     ),
     "data inspect": Command(
         data_inspect,
@@ -518,8 +550,10 @@ def _run(argv: list[str]) -> int:
     )
     command.flags(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    # Flags may stand between prompts; the intermixed parser of Python 3.11 does not know `--`.
+    parse = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
     try:
-        args, rest = parser.parse_known_intermixed_args(argv[len(name.split()) :])
+        args, rest = parse(argv[len(name.split()) :])
     except SystemExit:  # --help
         return 0
     if flag := next((word for word in rest if word.startswith("-")), None):
@@ -540,8 +574,9 @@ def _no_command(argv: list[str]) -> int:
         group = ""
     given = " ".join(argv[: 2 if group else 1])
     known = [name for name in COMMANDS if name.startswith(group)]
-    problem = f"unknown command {given!r}" if given != group.strip() else "no command"
-    raise RequestError(f"{problem}: {nearest(given, known)}; see armchair --help")
+    if given == group.strip():
+        raise RequestError(f"no command: choose from {', '.join(known)}; see armchair --help")
+    raise RequestError(f"unknown command {given!r}: {nearest(given, known)}; see armchair --help")
 
 
 def _overview(group: str) -> str:

@@ -1,12 +1,12 @@
 import math
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiny
 from armchair.errors import RequestError
 from armchair.image import dvae as dvae_module
 from armchair.image.dvae import (
@@ -66,7 +66,9 @@ def plain_relaxation(logits: Tensor, tau: float, seed: int) -> tuple[Tensor, Ten
     g = tiny.seeded(seed)
     k = logits.shape[-1]
     flat = logits.reshape(-1, k)
-    uniforms = [torch.empty(len(flat[rows]), k).uniform_(generator=g) for rows in dvae_module._row_blocks(flat)]
+    uniforms = [
+        torch.empty(len(flat[rows]), k).uniform_(generator=g) for rows in dvae_module._row_blocks(flat)
+    ]
     gumbel = -torch.log(-torch.log(torch.cat(uniforms).double()))
     log_q = torch.log_softmax(logits.double(), -1)
     weights = torch.softmax((log_q + gumbel.view_as(log_q)) / tau, -1)

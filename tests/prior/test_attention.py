@@ -1,10 +1,10 @@
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS, ImageKeys, attend, sees, stream_mask
 
@@ -92,10 +92,14 @@ def test_attention_is_the_same_past_the_length_where_the_kernel_takes_over():
     g = tiny.seeded()
     q, k, v = (torch.randn(1, 1, 520, 8, generator=g) for _ in range(3))
     mask = torch.ones(520, 520).tril().bool()
-    torch.testing.assert_close(attend(q, k, v, mask)[:, :, :500], attend(*(x[:, :, :500] for x in (q, k, v)), mask[:500, :500]))
+    torch.testing.assert_close(
+        attend(q, k, v, mask)[:, :, :500], attend(*(x[:, :, :500] for x in (q, k, v)), mask[:500, :500])
+    )
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("rows", "row"), ("colum", "column"), ("convolution", "convolutional")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("rows", "row"), ("colum", "column"), ("convolution", "convolutional")]
+)
 def test_an_unknown_pattern_names_the_nearest(wrong, right):
     for use in (lambda: stream_mask(wrong, 4, 2), lambda: ImageKeys(wrong, 2)):
         with pytest.raises(RequestError, match=f"{wrong}.*{right}"):

@@ -1,10 +1,10 @@
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tiny
 from armchair.prior.attention import PATTERNS
 from armchair.prior.sequence import null_text
 from armchair.prior.transformer import Prior
@@ -36,7 +36,9 @@ def model() -> Prior:
     return tiny.prior(STREAM, *PATTERNS, seed=5)
 
 
-def draw(model: Prior, chosen: Settings, rows: list[int], candidates: list[int], forced: Tensor | None = None):
+def draw(
+    model: Prior, chosen: Settings, rows: list[int], candidates: list[int], forced: Tensor | None = None
+):
     uniforms = candidate_uniforms(1, candidates, model.shape.image_length)
     return draw_codes(model, tiny.texts(3, model.shape), rows, uniforms, chosen, forced)
 
@@ -46,10 +48,13 @@ def draw(model: Prior, chosen: Settings, rows: list[int], candidates: list[int],
 
 @settings(deadline=None, max_examples=25)
 @given(
-    patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3), grid=st.integers(1, 5),
-    text_length=st.integers(1, 5), chosen=st.sampled_from(SAMPLED), rows=st.lists(st.integers(0, 2), min_size=1, max_size=10),
+    patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3),
+    grid=st.integers(1, 5),
+    text_length=st.integers(1, 5),
+    chosen=st.sampled_from(SAMPLED),
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=10),
     seed=st.integers(0, 999),
-)  # fmt: skip
+)
 def test_drawing_equals_the_literal_sampler(patterns, grid, text_length, chosen, rows, seed):
     stream = tiny.shape(grid, text_length)
     model = tiny.prior(stream, *patterns, seed=seed)
@@ -147,7 +152,9 @@ def test_forced_codes_are_kept_and_the_rest_is_drawn_after_them(data, guidance, 
     model = tiny.prior(STREAM, "full", "row", seed=4)
     chosen = Settings(guidance=guidance, temperature=temperature)
     n, k = STREAM.image_length, STREAM.codebook_size
-    forced = torch.tensor(data.draw(st.lists(st.integers(FREE, k - 1), min_size=2 * n, max_size=2 * n))).view(2, n)
+    forced = torch.tensor(data.draw(st.lists(st.integers(FREE, k - 1), min_size=2 * n, max_size=2 * n))).view(
+        2, n
+    )
     codes = draw(model, chosen, [0, 1], [0, 1], forced).flatten(1)
     assert torch.equal(codes[forced != FREE], forced[forced != FREE])
     # To force a code that was drawn changes nothing: the uniforms are spent by position.
@@ -172,7 +179,9 @@ def test_each_finished_row_is_shown(model):
     null = read_prompts(model, null_text(1, STREAM))
     uniforms = candidate_uniforms(0, range(MICRO_BATCH), 16)
     forced = torch.full((MICRO_BATCH, 16), FREE)
-    shown = [c.clone() for c in draw_micro_batch(model, prompts, null, uniforms, Settings(guidance=2.0), forced)]
+    shown = [
+        c.clone() for c in draw_micro_batch(model, prompts, null, uniforms, Settings(guidance=2.0), forced)
+    ]
     assert len(shown) == 4
     for row, codes in enumerate(shown):
         done = 4 * (row + 1)

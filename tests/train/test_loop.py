@@ -1,13 +1,14 @@
+import contextlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from armchair.data.sources import DataConfig
 from armchair.errors import WorkError
 from armchair.image.dvae import DVAEConfig
@@ -17,7 +18,13 @@ from armchair.train.checkpoint import checkpoints
 from armchair.train.loop import Interrupted, fit
 from armchair.train.optim import step_size
 from armchair.train.prior import PriorStage
-from armchair.train.recipe import FitConfig, ImageTokenizerTraining, PriorTraining, Recipe, TextTokenizerConfig
+from armchair.train.recipe import (
+    FitConfig,
+    ImageTokenizerTraining,
+    PriorTraining,
+    Recipe,
+    TextTokenizerConfig,
+)
 from armchair.train.report import Report
 
 CPU = torch.device("cpu")
@@ -30,11 +37,10 @@ def fit_config(**fields) -> FitConfig:
 
 
 def train(run: Path, stage=None, config: FitConfig | None = None, **options) -> nn.Module:
-    report = Report(run, io.StringIO())
-    try:
-        return fit(stage or tiny.ToyStage(), config or fit_config(), run / "toy", report, device=CPU, **options)
-    finally:
-        report.close()
+    with contextlib.closing(Report(run, io.StringIO())) as report:
+        return fit(
+            stage or tiny.ToyStage(), config or fit_config(), run / "toy", report, device=CPU, **options
+        )
 
 
 def events(run: Path, kind: str) -> list[dict]:
@@ -60,9 +66,13 @@ def test_training_lowers_the_loss_and_tells_what_it_does(tmp_path):
     steps = events(tmp_path, "step")
     assert [s["step"] for s in steps] == list(range(1, 101))
     assert all(s["doubled"] == pytest.approx(2 * s["loss"], abs=1e-5) for s in steps)
-    assert [s["lr"] for s in steps] == pytest.approx([step_size(i, fit_config(steps=100)) for i in range(100)], abs=1e-6)
+    assert [s["lr"] for s in steps] == pytest.approx(
+        [step_size(i, fit_config(steps=100)) for i in range(100)], abs=1e-6
+    )
     assert [v["step"] for v in events(tmp_path, "validation")] == list(range(10, 101, 10))
-    assert sorted(p.name for p in (tmp_path / "sheets").iterdir()) == [f"toy_{n:08d}.png" for n in (15, 30, 45, 60, 75, 90, 100)]
+    assert sorted(p.name for p in (tmp_path / "sheets").iterdir()) == [
+        f"toy_{n:08d}.png" for n in (15, 30, 45, 60, 75, 90, 100)
+    ]
     assert [p.name for p in checkpoints(tmp_path / "toy")] == ["step_00000090", "step_00000100"]
 
 
@@ -89,7 +99,9 @@ def test_a_loss_that_is_not_finite_stops_with_one_error_and_the_last_good_state(
     assert "\n" not in message and message.startswith("toy: loss nan")
     assert f"step {poison + 1};" in message and str(tmp_path / "toy") in message
     assert stage.closed
-    assert [p.name for p in checkpoints(tmp_path / "toy")] == [f"step_{n:08d}" for n in (10, 20) if n <= poison]
+    assert [p.name for p in checkpoints(tmp_path / "toy")] == [
+        f"step_{n:08d}" for n in (10, 20) if n <= poison
+    ]
     # Once the cause is gone, the run goes on as if nothing had been.
     assert_same_weights(train(tmp_path), train(tmp_path / "other"))
 
@@ -132,7 +144,9 @@ def test_a_plateau_halves_the_step_size_and_is_remembered(tmp_path):
         train(tmp_path, Stuck(), config, should_stop=lambda: next(calls) == 17)
     train(tmp_path, Stuck(), config)
     sizes = [s["lr"] for s in events(tmp_path, "step")]
-    assert sizes[5:] == pytest.approx(5 * [0.02] + 5 * [0.01] + 5 * [0.005] + 5 * [0.0025] + 5 * [0.00125], abs=1e-6)
+    assert sizes[5:] == pytest.approx(
+        5 * [0.02] + 5 * [0.01] + 5 * [0.005] + 5 * [0.0025] + 5 * [0.00125], abs=1e-6
+    )
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -144,7 +158,9 @@ def test_gradients_are_clipped(tmp_path):
     start = tiny.ToyStage().model
     config = fit_config(steps=1, clip=0.5, eps=1e3, lr=1.0, warmup=0, ema=0.0, schedule="constant")
     moved = train(tmp_path, Harsh(), config)
-    change = torch.cat([(a - b).flatten() for a, b in zip(start.parameters(), moved.parameters(), strict=True)])
+    change = torch.cat(
+        [(a - b).flatten() for a, b in zip(start.parameters(), moved.parameters(), strict=True)]
+    )
     assert change.norm().item() == pytest.approx(0.5 / 1e3, rel=0.01)
     assert events(tmp_path, "step")[0]["grad_norm"] > 1e4
 
@@ -163,7 +179,9 @@ class Codes:
     """A token cache in memory."""
 
     def __init__(self, count: int, stream, views: int = 2):
-        self.values = torch.randint(stream.codebook_size, (count, views, stream.image_length), generator=tiny.seeded())
+        self.values = torch.randint(
+            stream.codebook_size, (count, views, stream.image_length), generator=tiny.seeded()
+        )
         self.captions = [[[f"a picture of {i}", f"number {i}"]] for i in range(count)]
         self.weights, self.views = np.ones(count), views
 
@@ -176,7 +194,15 @@ class Codes:
 
 def prior_stage(accumulate: int = 1, **fields) -> PriorStage:
     stream = tiny.shape(grid=4, text_length=6, vocab=300, codebook=32)
-    training = {"steps": 6, "batch_size": 8, "lr": 2e-3, "warmup": 2, "precision": "fp32", "eps": 1e-4, **EVERY}
+    training = {
+        "steps": 6,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "warmup": 2,
+        "precision": "fp32",
+        "eps": 1e-4,
+        **EVERY,
+    }
     recipe = Recipe(
         name="tiny",
         data=DataConfig(resolution=16),

@@ -1,12 +1,12 @@
 import math
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import tiny
 from armchair.train.optim import Plateau, cosine, parameter_groups, step_size, update_ema
 from armchair.train.recipe import FitConfig
 
@@ -46,7 +46,9 @@ def test_the_step_size_warms_up_then_follows_the_cosine():
 
 
 def test_constant_and_plateau_schedules():
-    assert [step_size(s, fit_config(schedule="constant")) for s in (4, 9, 50, 99)] == pytest.approx([0.05] + 3 * [0.1])
+    assert [step_size(s, fit_config(schedule="constant")) for s in (4, 9, 50, 99)] == pytest.approx(
+        [0.05] + 3 * [0.1]
+    )
     assert step_size(50, fit_config(schedule="plateau"), 0.25) == pytest.approx(0.025)
     assert step_size(50, fit_config(), 0.25) == step_size(50, fit_config())  # a cosine knows no plateau
 
@@ -101,11 +103,16 @@ def names_by_group(model: nn.Module) -> tuple[list[dict], list[set[str]]]:
 def test_weight_decay_and_width_apply_to_the_priors_matrices_only(width):
     model = tiny.prior(tiny.shape(), "row", "full", width=width)
     (matrices, others), (decayed, spared) = names_by_group(model)
-    hidden = {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in ("attention.qkv", "attention.out", "mlp_in", "mlp_out")}
+    hidden = {
+        f"blocks.{i}.{m}.weight"
+        for i in (0, 1)
+        for m in ("attention.qkv", "attention.out", "mlp_in", "mlp_out")
+    }
     assert decayed == hidden | {"text_head.weight", "image_head.weight"}
     assert decayed | spared == {name for name, _ in model.named_parameters()} and not decayed & spared
     assert {n for n in spared if "embedding" in n or "position" in n} == {
-        f"{n}.weight" for n in ("text_embedding", "text_position", "image_embedding", "row_embedding", "column_embedding")
+        f"{n}.weight"
+        for n in ("text_embedding", "text_position", "image_embedding", "row_embedding", "column_embedding")
     }
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0)
     assert (matrices["lr_scale"], others["lr_scale"]) == (256 / width, 1)

@@ -9,7 +9,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +78,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawing:
-    """Pictures of one prompt, best first. `scores` are None where nothing ranks; codes are int64 (n, S, S)."""
+    """Pictures of one prompt, best first. A score is None where nothing ranks; codes are int64 (n, S, S)."""
 
     prompt: str
     images: list[Image.Image]
@@ -227,7 +227,7 @@ class Artist:
         top_p: float | None = None,
         guidance: float | None = None,
     ) -> Iterator[Image.Image | Drawing]:
-        """Draw candidate 0 and show it grow: S partial pictures, one a finished row of codes, then the Drawing.
+        """Draw candidate 0 and show it grow: S partial pictures, one a row of codes, then the Drawing.
 
         What is not drawn yet is grey; the last partial picture is the finished one. Raises as `draw`, now and
         not at the first picture.
@@ -282,12 +282,14 @@ class Artist:
         if record.bundle != self.id:
             raise RequestError(
                 f"{path} was drawn with bundle {record.bundle.name} ({record.bundle.fingerprint[:12]}), and "
-                f"{self.bundle.path} is {self.id.name} ({self.id.fingerprint[:12]}): name the right one as the model"
+                f"{self.bundle.path} is {self.id.name} ({self.id.fingerprint[:12]}): give the right one"
             )
         recorded = _grid_of(path, "codes", record.codes, self.grid, 0, self.image_tokenizer.codebook_size)
         forced = original = None
         if record.rectangle is not None and record.forced is not None:
-            forced = _grid_of(path, "forced", record.forced, self.grid, FREE, self.image_tokenizer.codebook_size)
+            forced = _grid_of(
+                path, "forced", record.forced, self.grid, FREE, self.image_tokenizer.codebook_size
+            )
             _rectangle(record.rectangle, None, self.resolution)
             original = _read_picture(path)
             if original.shape[:2] != (self.resolution, self.resolution):
@@ -302,12 +304,13 @@ class Artist:
                 f"{path}: {different} of {recorded.size} codes come out differently here; it was drawn on "
                 "another device, or with another version of PyTorch"
             )
-        return self._drawing(
-            record.prompt, chosen, record.seed, record.settings, codes, record.rectangle, forced, original, record.model
-        )  # fmt: skip
+        drawing = self._drawing(
+            record.prompt, chosen, record.seed, record.settings, codes, record.rectangle, forced, original
+        )
+        return replace(drawing, model=record.model)  # so that the same file comes out
 
     def rank(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
-        """Scores of images for a prompt, higher is better. Raises RequestError in a bundle without a ranker."""
+        """Scores of images for a prompt, higher is better. Raises RequestError where there is no ranker."""
         raise RequestError(f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures")
 
     @torch.inference_mode()
@@ -329,7 +332,7 @@ class Artist:
         return self._encode([self._square(image) for image in images])
 
     def decode(self, codes: np.ndarray | Sequence[Any]) -> list[Image.Image]:
-        """Codes (B, S, S), whole numbers in [0, K) -> B RGB images of R x R. Raises RequestError for others."""
+        """Codes (B, S, S), integers in [0, K) -> B RGB images of R x R. Raises RequestError for others."""
         try:
             codes = np.asarray(codes)
         except ValueError:
@@ -354,10 +357,17 @@ class Artist:
         return from_dict(Settings, {**to_dict(self.settings), **given})
 
     def _tokens(self, prompt: str) -> Tensor:
-        return torch.from_numpy(self.text_tokenizer.encode([prompt], self.prior.shape.text_length)).to(self.device)
+        return torch.from_numpy(self.text_tokenizer.encode([prompt], self.prior.shape.text_length)).to(
+            self.device
+        )
 
     def _draw(
-        self, prompt: str, candidates: list[int], seed: int, settings: Settings, forced: np.ndarray | None = None
+        self,
+        prompt: str,
+        candidates: list[int],
+        seed: int,
+        settings: Settings,
+        forced: np.ndarray | None = None,
     ) -> np.ndarray:
         uniforms = candidate_uniforms(seed, candidates, self.prior.shape.image_length)
         given = None if forced is None else torch.from_numpy(forced).flatten().expand(uniforms.shape)
@@ -393,7 +403,6 @@ class Artist:
         rectangle: Rectangle | None = None,
         forced: np.ndarray | None = None,
         original: np.ndarray | None = None,
-        model: str | None = None,
     ) -> Drawing:
         images = self._decode(codes)
         if rectangle is not None and original is not None:
@@ -407,7 +416,7 @@ class Artist:
             codes=codes,
             settings=settings,
             bundle=self.id,
-            model=model or self.model,
+            model=self.model,
             rectangle=rectangle,
             forced=forced,
         )
@@ -447,7 +456,7 @@ def load_artist(model: str | Path | None = None, device: str = "auto") -> Artist
 
 
 def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None = None) -> Drawing:
-    """The picture of a PNG once more, from its metadata alone; `model` says where its bundle is now, if moved.
+    """The picture of a PNG once more, from its metadata alone; `model` says where its bundle is.
 
     Raises as `load_artist` and `Artist.redraw`.
     """
@@ -486,7 +495,9 @@ def check_free(paths: Sequence[Path], force: bool) -> None:
     taken: set[Path] = set()
     for path in paths:
         if path in taken:
-            raise RequestError(f"two pictures would be written to {path}; draw them one at a time, or change --out")
+            raise RequestError(
+                f"two pictures would be written to {path}; draw them one at a time, or change --out"
+            )
         taken.add(path)
         if os.path.lexists(path) and (path.is_dir() or not force):
             raise RequestError(f"{path} is there already: choose another name, or --force")
@@ -506,8 +517,10 @@ def _load(make: Callable[[], M], bundle: Bundle, part: str, device: torch.device
     try:
         model.load_state_dict(weights)  # copies 16 bits into 32
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise BundleError(f"{bundle.path}: {part}.safetensors does not fit the bundle's recipe: {first}") from None
+        first = str(error).splitlines()[1].strip()[:200]  # line 0 only says that there are errors
+        raise BundleError(
+            f"{bundle.path}: {part}.safetensors does not fit the bundle's recipe: {first}"
+        ) from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -530,7 +543,9 @@ def _rectangle(redraw: tuple[int, ...] | None, keep_top: float | None, resolutio
     if redraw is None:
         share = 0.5 if keep_top is None else keep_top
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise RequestError(f"keep_top: expected a share of the height from 0 to less than 1, got {share!r}")
+            raise RequestError(
+                f"keep_top: expected a share of the height from 0 to less than 1, got {share!r}"
+            )
         return 0, min(round(share * resolution), resolution - 1), resolution, resolution
     if keep_top is not None:
         raise RequestError("give either keep_top or redraw, not both")
@@ -558,9 +573,13 @@ def _parse_record(path: Path) -> Record:
         _whole("seed", record.seed, 0, MAX_SEED)
         _whole("candidate", record.candidate, 0, MAX_CANDIDATES - 1)
     except RequestError as error:
-        raise RequestError(f"{path}: its armchair metadata is not what this version writes: {error}") from None
+        raise RequestError(
+            f"{path}: its armchair metadata is not what this version writes: {error}"
+        ) from None
     if (record.kind == "complete") != (record.rectangle is not None and record.forced is not None):
-        raise RequestError(f"{path}: its armchair metadata is damaged: a completion has a rectangle and forced codes")
+        raise RequestError(
+            f"{path}: its armchair metadata is damaged: a completion has a rectangle and forced codes"
+        )
     return record
 
 
@@ -570,7 +589,9 @@ def _grid_of(
     if [len(row) for row in rows] != [side] * side:
         raise RequestError(f"{path}: its armchair metadata is damaged: expected {side} x {side} {name}")
     if not all(low <= code < codebook_size for row in rows for code in row):
-        raise RequestError(f"{path}: its armchair metadata is damaged: expected {name} of {low} to {codebook_size - 1}")
+        raise RequestError(
+            f"{path}: its armchair metadata is damaged: expected {name} of {low} to {codebook_size - 1}"
+        )
     return np.array(rows, dtype=np.int64)
 
 

@@ -57,6 +57,7 @@ class Run:
         recipe: Recipe,
         folder: Path,
         *,
+        sources: tuple[Source, Source],
         report: Report,
         device: torch.device,
         init: Bundle | None = None,
@@ -64,7 +65,7 @@ class Run:
     ):
         self.recipe, self.folder, self.report, self.device = recipe, folder, report, device
         self.init, self.should_stop = init, should_stop
-        self.train_source, self.val_source = _open_data(recipe)
+        self.train_source, self.val_source = sources
 
     def stage(self, name: str) -> None:
         """Run one of STAGES."""
@@ -199,12 +200,13 @@ def start_run(
             raise RequestError(f"{folder} was begun with another recipe ({written}); resume it with that one")
     elif resume and folder.exists() and any(folder.iterdir()):
         raise RequestError(f"{folder} holds no run to resume (no recipe.json)")
+    sources = _open_data(recipe)  # before anything is written: a wrong path leaves no run behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(written, text)
     except OSError as error:
         raise RequestError(f"cannot write to {folder}: {error.strerror or error}") from None
-    return Run(recipe, folder, report=Report(folder, report_stream), **options)
+    return Run(recipe, folder, sources=sources, report=Report(folder, report_stream), **options)
 
 
 def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:

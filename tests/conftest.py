@@ -1,0 +1,85 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from armchair.bundle import write_bundle
+from armchair.card import render_card
+from armchair.config import from_dict, to_dict
+from armchair.prior.sequence import StreamShape
+from armchair.prior.transformer import Prior
+from armchair.shapes.captions import prompts
+from armchair.text.bpe import TextTokenizer
+from armchair.train.recipe import Recipe
+
+
+def tiny_recipe_dict() -> dict[str, Any]:
+    """A recipe of 16 x 16 pictures, 4 x 4 codes and all four attention patterns; it names no data."""
+    fit = {"batch_size": 4, "lr": 1e-3, "warmup": 1, "precision": "fp32"}
+    image_tokenizer = {"resolution": 16, "patch": 2, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8}
+    return {
+        "name": "tiny",
+        "description": "Random weights, for tests.",
+        "licence": "none",
+        "data": {"resolution": 16, "crop": "square"},
+        "text_tokenizer": {"vocab_size": 300, "length": 8},
+        "image_tokenizer": {**image_tokenizer, "codebook_size": 32, "stem_kernel": 3},
+        "prior": {
+            "d_model": 32,
+            "n_layer": 4,
+            "n_head": 2,
+            "attention": ["row", "column", "convolutional", "full"],
+            "last_attention": None,
+        },
+        "image_tokenizer_training": {
+            **fit,
+            "steps": 2,
+            "data_init": True,
+            "min_psnr": -99.0,
+            "min_usage": 0.0,
+        },
+        "prior_training": {**fit, "steps": 2},
+        "drawing": {"guidance": 1.5, "top_p": 0.95},
+    }
+
+
+def write_tiny_bundle(out: Path, seed: int = 0, **changes: Any) -> Path:
+    """A bundle of random weights at `out`; `changes` replace fields of its info."""
+    recipe = from_dict(Recipe, tiny_recipe_dict())
+    text_tokenizer = TextTokenizer.train([p.text for p in prompts(50)], recipe.text_tokenizer.vocab_size)
+    image_tokenizer = tiny.dvae(seed, **to_dict(recipe.image_tokenizer))
+    shape = StreamShape(
+        text_vocab_size=text_tokenizer.vocab_size,
+        text_length=recipe.text_tokenizer.length,
+        codebook_size=image_tokenizer.codebook_size,
+        grid=image_tokenizer.grid,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        prior = Prior(recipe.prior, shape)
+        tiny.randomise(prior)
+    info: dict[str, Any] = {
+        "name": recipe.name,
+        "recipe": to_dict(recipe),
+        "text_vocab_size": text_tokenizer.vocab_size,
+        "metrics": {"prior": {"loss": 3.0, "command": "none"}},
+        "data": {"fingerprint": "0", "images": 0, "licence": recipe.licence},
+        "versions": {},
+        **changes,
+    }
+    weights = {
+        part: {k: v.half() for k, v in model.state_dict().items()}
+        for part, model in (("image_tokenizer", image_tokenizer), ("prior", prior))
+    }
+    write_bundle(
+        out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a bundle that draws at once: 16 x 16 pixels, 4 x 4 codes, random weights."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")

@@ -1,0 +1,112 @@
+"""What the documents say of commands, files and fields is so."""
+
+import dataclasses
+import json
+import re
+import shlex
+import typing
+from pathlib import Path
+
+import pytest
+
+from armchair import cli
+from armchair.config import to_dict
+from armchair.train.recipe import FitConfig, Recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:^|`|&& )(armchair [a-z][^`\n]*)", re.MULTILINE)
+IMAGES = "docs/images/"  # made from a trained model
+
+
+def commands() -> list[str]:
+    found = [c for path in DOCUMENTS for c in COMMAND.findall(path.read_text(encoding="utf-8"))]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_documents_commands_are_understood(command, monkeypatch):
+    understood = []
+    for name, known in cli.COMMANDS.items():
+        monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(known, run=understood.append))
+    assert cli.main(shlex.split(command.replace("…", ""))[1:]) == 0
+    assert len(understood) == 1
+
+
+def test_there_are_commands_to_check():
+    assert 'armchair draw "a red apple"' in commands() and len(commands()) >= 8
+
+
+def test_the_readme_opens_with_two_commands_of_one_line():
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2 and all(len(block.splitlines()) == 1 for block in blocks)
+    assert blocks[0].endswith('&& armchair draw "a red apple"\n') and blocks[1].endswith("pytest\n")
+
+
+def test_the_map_has_every_source_file_and_no_other():
+    (text,) = re.findall(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    folder, mapped = "", set()
+    for line in text.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        else:
+            mapped.add(folder + name)
+    missing = sorted(name for name in mapped if not (ROOT / name).is_file())
+    assert not missing
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "src").rglob("*.py") if p.stat().st_size > 100}
+    assert sources - mapped - {"src/armchair/__main__.py"} == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target or target.startswith(IMAGES):
+            continue
+        name, _, anchor = target.partition("#")
+        place = path.parent / name if name else path
+        assert place.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """Section -> field -> default, of docs/recipes.md."""
+    found: dict[str, dict[str, str]] = {}
+    section = ""
+    for line in (ROOT / "docs/recipes.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = line[3:]
+        elif row := re.match(r"\| `(\w+)` \| (.*?) \| .+ \|$", line):
+            found.setdefault(section, {})[row[1]] = row[2]
+    return found
+
+
+def default_of(f: dataclasses.Field) -> str:
+    if f.default_factory is not dataclasses.MISSING:
+        return f"`{json.dumps(to_dict(f.default_factory()))}`"
+    return "required" if f.default is dataclasses.MISSING else f"`{json.dumps(to_dict(f.default))}`"
+
+
+def expected() -> dict[str, dict[str, str]]:
+    fit = {f.name: default_of(f) for f in dataclasses.fields(FitConfig)}
+    found: dict[str, dict[str, str]] = {"recipe": {}, "Training of both stages": fit}
+    hints = typing.get_type_hints(Recipe)
+    for f in dataclasses.fields(Recipe):
+        config = hints[f.name]
+        if not dataclasses.is_dataclass(config):
+            found["recipe"][f.name] = default_of(f)
+            continue
+        found["recipe"][f.name] = "required" if f.default_factory is dataclasses.MISSING else "see below"
+        own = {g.name: default_of(g) for g in dataclasses.fields(config)}
+        if issubclass(typing.cast(type, config), FitConfig):
+            own = {name: default for name, default in own.items() if fit.get(name) != default}
+        found[f.name] = own
+    return found
+
+
+@pytest.mark.parametrize("section", expected())
+def test_every_recipe_field_is_documented_with_its_default(section):
+    assert tables().get(section) == expected()[section]

@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+
+from armchair.config import from_dict, to_dict
+from armchair.errors import RequestError
+from armchair.train.recipe import Recipe, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SMALL = """
+name: small
+data: {resolution: 64}
+image_tokenizer: {resolution: 64, patch: 4, n_groups: 2}
+image_tokenizer_training: {steps: 10, batch_size: 4, lr: 1e-4}
+prior_training: {steps: 20, batch_size: 8, lr: 4.5e-4}
+"""
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_valid(path):
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.data.resolution == recipe.image_tokenizer.resolution
+    assert from_dict(Recipe, to_dict(recipe)) == recipe
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_fields_left_out_are_the_papers(small):
+    recipe = read_recipe(small)
+    assert recipe.image_tokenizer_training.lr == 1e-4  # YAML itself reads 1e-4 as text
+    t, p = recipe.image_tokenizer_training, recipe.prior_training
+    assert (t.tau_start, t.tau_end, t.tau_steps, t.kl_weight, t.kl_steps) == (1, 1 / 16, 150_000, 6.6, 5_000)
+    assert (t.beta1, t.beta2, t.eps, t.weight_decay, t.ema) == (0.9, 0.999, 1e-8, 1e-4, 0.999)
+    assert (p.beta1, p.beta2, p.eps, p.weight_decay, p.clip, p.text_weight) == (
+        0.9,
+        0.96,
+        1e-8,
+        4.5e-2,
+        4,
+        1 / 8,
+    )
+    text = recipe.text_tokenizer
+    assert (text.vocab_size, text.length, text.dropout) == (16384, 256, 0.1)
+
+
+def test_overrides_are_dotted_names(small):
+    recipe = read_recipe(small, {"prior.n_layer": 4, "prior.d_model": 128, "prior.n_head": 4, "seed": 3})
+    assert (recipe.prior.n_layer, recipe.prior.d_model, recipe.seed) == (4, 128, 3)
+    assert recipe.prior_training.steps == 20
+    both = {"data.resolution": 128, "image_tokenizer.resolution": 128}
+    assert read_recipe(small, both).image_tokenizer.grid == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"prior.n_layers": 4}, r"'prior\.n_layers'.*did you mean 'n_layer'"),
+        ({"prior_trainning.lr": 4}, r"'prior_trainning'.*did you mean 'prior_training'"),
+        ({"image_tokenizer_training.tau_step": 1}, r"'image_tokenizer_training\.tau_step'.*'tau_steps'"),
+        ({"data.flips": True}, r"'data\.flips'.*'flip'"),
+        ({"prior.n_layer": "four"}, r"prior\.n_layer: expected int, got 'four'"),
+        ({"prior.n_layer": 4.5}, r"prior\.n_layer: expected int, got 4\.5"),
+        ({"prior_training.lr": "fast"}, r"prior_training\.lr: expected float, got 'fast'"),
+        ({"prior_training.lr": 0}, r"prior_training: lr: expected a number above 0"),
+        ({"prior_training.steps": 0}, r"prior_training: steps: expected at least 1, got 0"),
+        ({"prior_training.schedule": "cosin"}, r"schedule: unknown 'cosin'.*'cosine'"),
+        ({"prior_training.precision": "fp23"}, r"precision: unknown 'fp23'.*'fp32'"),
+        ({"prior_training.accumulate": 3}, r"batch_size 8 is not a multiple of accumulate 3"),
+        ({"prior_training.ema": 1.0}, r"ema: expected 0 or more and less than 1"),
+        ({"prior.attention": ["rows"]}, r"prior: unknown attention pattern 'rows'.*'row'"),
+        ({"text_tokenizer.vocab_size": 100}, r"text_tokenizer: vocab_size: expected at least 256"),
+        ({"text_tokenizer.length": 0}, r"text_tokenizer: length"),
+        ({"text_tokenizer.dropout": 1}, r"text_tokenizer: dropout"),
+        ({"data.resolution": 128}, r"data\.resolution 128 and image_tokenizer\.resolution 64 differ"),
+        ({"image_tokenizer.patch": 5}, r"image_tokenizer: resolution 64 is not a multiple"),
+        ({"image_tokenizer.codebook_size": 70_000}, r"at most 65536 codes"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_field(small, overrides, message):
+    with pytest.raises(RequestError, match=message) as error:
+        read_recipe(small, overrides)
+    assert str(error.value).startswith(f"{small}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "is not YAML"),
+        ("- a\n- b", "expected a mapping of fields, got list"),
+        ("", "expected a mapping of fields, got NoneType"),
+        ("name: small", "missing field 'image_tokenizer_training'"),
+        (SMALL + "prior_training: 3\n", "prior_training: expected a mapping"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=message) as error:
+        read_recipe(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="no recipe at .*nothing.yaml"):
+        read_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(RequestError, match="cannot read the recipe"):
+        read_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(RequestError, match="cannot read the recipe .*latin.yaml"):
+        read_recipe(tmp_path / "latin.yaml")
