@@ -23,7 +23,14 @@ from armchair.sample.pipeline import load_artist
 from armchair.shapes.accuracy import Accuracy, judge
 from armchair.shapes.captions import prompts
 
-SUITES = (("val", 1), ("val", 2), ("held-form-colour", 1), ("held-form-colour", 2), ("held-relation-form", 2), ("held-count", 3))
+SUITES = (
+    ("val", 1),
+    ("val", 2),
+    ("held-form-colour", 1),
+    ("held-form-colour", 2),
+    ("held-relation-form", 2),
+    ("held-count", 3),
+)
 
 
 def measure(model: str, count: int, seed: int, overrides: dict, sheet: Path | None) -> dict:

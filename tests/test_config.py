@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armchair.config import build, from_dict, lookup, nearest, to_dict, with_overrides
+from armchair.config import from_dict, nearest, to_dict, with_overrides
 from armchair.errors import RequestError
 
 
@@ -124,15 +124,7 @@ def test_overrides() -> None:
             from_dict(Recipe, with_overrides(data, overrides))
 
 
-def test_kinds() -> None:
-    table = {"optimiser": f"{__name__}:Optimiser", "broken": "armchair.nowhere:X", "odd": "armchair.config:X"}
-    assert build(table, "optimiser", lr=2.0) == Optimiser(2.0)
-    assert lookup(table, "collections:OrderedDict").__name__ == "OrderedDict"
-    for kind in ("optimizer", "broken", "odd", ":X", ".relative:X", "collections:", "x y:z"):
-        with pytest.raises(RequestError, match="kind"):
-            lookup(table, kind)
-
-
 def test_nearest() -> None:
     assert nearest("prio", ["ranker", "prior"]) == "did you mean 'prior'?"
+    assert nearest("conv", ["column", "convolutional"]) == "did you mean 'convolutional'?"
     assert nearest("zzz", ["ranker", "prior"]) == "valid names: ranker, prior"

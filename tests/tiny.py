@@ -40,7 +40,7 @@ def shape(grid: int = 4, text_length: int = 5, vocab: int = 11, codebook: int = 
 
 
 def prior(stream: StreamShape, *patterns: str, width: int = 16, seed: int = 0, blank: bool = False) -> Prior:
-    """A prior with one layer a pattern. Its weights are random, those that start at zero too, unless `blank`."""
+    """A prior with one layer a pattern. Weights that start at zero are random too, unless `blank`."""
     config = PriorConfig(
         d_model=width, n_layer=len(patterns), n_head=2, attention=patterns, last_attention=None
     )
@@ -73,7 +73,7 @@ def codes(count: int, stream: StreamShape, seed: int = 0) -> Tensor:
 
 
 class ToyStage:
-    """A stage of a second: a small network learns to rotate vectors; `poison` makes a step's batch infinite."""
+    """A small network learns to rotate vectors; the batch of step `poison` is infinite."""
 
     name = "toy"
 

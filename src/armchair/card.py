@@ -7,7 +7,8 @@ def render_card(info: dict[str, Any]) -> str:
     """Markdown from a bundle's info, as `armchair.train.run` writes it."""
     recipe = info["recipe"]
     lines = [f"# {info['name']}", "", recipe["description"], ""]
-    lines += ["## Learned from", "", f"{info['data']['images']} captioned images. Licence: {info['data']['licence']}", ""]
+    data = info["data"]
+    lines += ["## Learned from", "", f"{data['images']} captioned images. Licence: {data['licence']}", ""]
     lines += ["## How well", "", "| stage | figure | value |", "|---|---|---|"]
     for stage, figures in info["metrics"].items():
         lines += [f"| {stage} | {k} | {v} |" for k, v in figures.items() if k != "command"]

@@ -1,4 +1,4 @@
-"""Typed configuration: frozen dataclasses read strictly from plain data, and the `kind -> class` tables.
+"""Typed configuration: frozen dataclasses read strictly from plain data.
 
 A config holds only numbers, strings, booleans, tuples, string-keyed mappings and nested configs; never a
 device, a path that must exist, or a tensor. Checks sit in `__post_init__` of each config, raise
@@ -7,7 +7,6 @@ device, a path that must exist, or a tensor. Checks sit in `__post_init__` of ea
 
 import dataclasses
 import difflib
-import importlib
 import math
 import types
 import typing
@@ -22,7 +21,8 @@ C = TypeVar("C")
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown name: the nearest valid one, or the list of them."""
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    begun = [v for v in valid if name and v.startswith(name)]
+    close = begun if len(begun) == 1 else difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
 
 
@@ -74,26 +74,6 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
             node = node[part]
         node[last] = value
     return out
-
-
-def build(table: Mapping[str, str], kind: str, *args: Any, **kwargs: Any) -> Any:
-    """Import and call the class that `kind` names in a `kind -> "module:Class"` table.
-
-    A full `package.module:Class` works too, so that a user's own part needs no entry here.
-    """
-    return lookup(table, kind)(*args, **kwargs)
-
-
-def lookup(table: Mapping[str, str], kind: str) -> Any:
-    """The class that `kind` names in `table`, imported only now."""
-    target = table.get(kind, kind if ":" in kind else None)
-    if target is None:
-        raise RequestError(f"unknown kind {kind!r}: {nearest(kind, table)}")
-    module, _, name = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a malformed name
-        raise RequestError(f"kind {kind!r}: cannot load {target}: {error}") from None
 
 
 def _dotted(where: str, name: Any) -> str:

@@ -123,6 +123,16 @@ def test_any_company_gives_the_same_codes(picked, guidance):
     assert all(torch.equal(codes, alone[c]) for codes, c in zip(together, picked, strict=True))
 
 
+@pytest.mark.parametrize(("guidance", "rows_at_once"), [(1.0, MICRO_BATCH), (2.0, 2 * MICRO_BATCH)])
+@pytest.mark.parametrize("count", [1, 7, 8, 9])
+def test_every_product_has_the_same_number_of_rows(model, monkeypatch, guidance, rows_at_once, count):
+    seen = set()
+    step = model.decode_step
+    monkeypatch.setattr(model, "decode_step", lambda token, *more: seen.add(len(token)) or step(token, *more))
+    draw(model, Settings(guidance=guidance), [0] * count, list(range(count)))
+    assert seen == {rows_at_once}
+
+
 def test_a_captions_state_does_not_depend_on_its_neighbours(model):
     text = tiny.texts(3, STREAM)
     together, alone = read_prompts(model, text), read_prompts(model, text[1:2])

@@ -118,7 +118,7 @@ def test_the_pick_is_the_inverse_cdf(weights, u):
 
 
 @settings(deadline=None)
-@given(weights=distributions, u=st.sampled_from([0.0, 5e-324, 1e-17, 0.5, 1 - 2**-53]))
+@given(weights=distributions, u=st.sampled_from([0.0, 5e-324, 1e-17, 0.5, 1 - 2**-53, 1.0]))
 def test_a_code_without_probability_is_never_picked(weights, u):
     p = normalised(weights)
     token = int(pick(p, torch.tensor([u], dtype=torch.float64)))

@@ -15,6 +15,7 @@ from armchair.image.dvae import DVAEConfig
 from armchair.prior.transformer import PriorConfig
 from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints
+from armchair.train.image_tokenizer import CodeFigures, check_codes, code_figures
 from armchair.train.loop import Interrupted, fit
 from armchair.train.optim import step_size
 from armchair.train.prior import PriorStage
@@ -227,6 +228,16 @@ def test_a_priors_batch_in_four_parts_is_the_batch(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_a_narrow_priors_matrices_move_further_in_a_step(tmp_path):
+    once = {"steps": 1, "warmup": 0, "schedule": "constant", "weight_decay": 0.0, "eps": 1e-12, "clip": 1e9}
+    stage = prior_stage(**{**once, "lr": 1e-4, "ema": 0.0})
+    head = stage.model.image_head
+    weight, bias = head.weight.clone(), head.bias.clone()
+    train(tmp_path, stage, stage.config)
+    assert (head.bias - bias).abs().max().item() == pytest.approx(1e-4, rel=0.02)
+    assert (head.weight - weight).abs().max().item() == pytest.approx(1e-4 * 256 / 16, rel=0.02)
+
+
 def test_a_priors_batches_are_a_function_of_the_step():
     late, stream = prior_stage().batches(3), prior_stage().batches(0)
     batches = [next(stream) for _ in range(5)]
@@ -239,6 +250,35 @@ def test_a_priors_batches_are_a_function_of_the_step():
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
 def test_captions_are_left_out_as_often_as_asked(share):
     stage = prior_stage(caption_dropout=share, batch_size=400)
-    text, _ = next(stage.batches(0))
-    empty = (text == stage.text_tokenizer.pad_id).all(1).float().mean()
-    assert abs(float(empty) - share) < 0.08
+    pad = stage.text_tokenizer.pad_id
+    (text, _), (later, _) = next(stage.batches(0)), next(stage.batches(1))
+    empty = (text == pad).all(1)
+    assert abs(float(empty.float().mean()) - share) < 0.08
+    assert torch.equal(empty, (later == pad).all(1)) == (share in (0, 1))  # others in each step
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        (CodeFigures(20.0, 0.01, 5.0), r"collapsed: 1\.0% of 32 codes .*kl_weight .*data_init"),
+        (CodeFigures(20.0, 0.50, 1.5), r"collapsed: .*perplexity 1\.5"),
+        (CodeFigures(12.0, 0.50, 9.0), r"12\.0 dB, less than image_tokenizer_training\.min_psnr 15"),
+    ],
+)
+def test_codes_that_no_prior_can_use_stop_the_run(figures, message):
+    config = ImageTokenizerTraining(steps=1, batch_size=1, lr=1e-3)
+    check_codes(CodeFigures(16.0, 0.06, 2.5), config, 32)
+    with pytest.raises(WorkError, match=message):
+        check_codes(figures, config, 32)
+
+
+def test_code_figures_against_the_literal_ones():
+    model, images = tiny.dvae(), tiny.pictures(7, 16)
+    figures = code_figures(model, images, batch_size=3)
+    with torch.no_grad():
+        codes = model.encode(images)
+        errors = (model.decode(codes) - images).square().flatten(1).mean(1)
+    assert figures.psnr == pytest.approx(sorted(-10 * torch.log10(errors))[3].item(), abs=1e-4)
+    assert figures.usage == pytest.approx(len(codes.unique()) / 32)
+    p = codes.unique(return_counts=True)[1] / codes.numel()
+    assert figures.perplexity == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-5)

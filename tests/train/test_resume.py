@@ -231,7 +231,7 @@ def test_an_altered_file_is_refused_by_name(tmp_path, name, harm):
     assert State().load(tmp_path) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"step": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"step": 2}'])
 def test_an_altered_state_is_refused(tmp_path, text):
     State(2).save(tmp_path, 2)
     (tmp_path / "step_00000002" / "state.json").write_text(text)

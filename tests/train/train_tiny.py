@@ -20,12 +20,13 @@ RECIPE: dict[str, Any] = {
     "data": {"train": ["shapes:train,length=40"], "val": ["shapes:val,length=8"], "weights": {"red": 2.0}},
     "text_tokenizer": {"vocab_size": 300, "length": 12},
     "image_tokenizer": {
-        "resolution": 64, "patch": 8, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8, "codebook_size": 32,
+        "resolution": 64, "patch": 8, "n_groups": 2, "n_blocks": 1,
+        "n_hid": 8, "n_init": 8, "codebook_size": 32,
     },
     "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"]},
     "image_tokenizer_training": {
-        **FIT, "lr": 2e-6, "tau_steps": 100, "kl_weight": 0.1, "kl_steps": 50, "data_init": True, "decoder_first": 70,
-        "min_psnr": -99.0, "min_usage": 0.0,
+        **FIT, "lr": 2e-6, "tau_steps": 100, "kl_weight": 0.1, "kl_steps": 50,
+        "data_init": True, "decoder_first": 70, "min_psnr": -99.0, "min_usage": 0.0,
     },
     "prior_training": {**FIT, "views": 2, "schedule": "plateau", "plateau_patience": 1},
     "drawing": {"prompts": ["a red circle"]},

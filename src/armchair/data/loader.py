@@ -142,9 +142,9 @@ def split(source: Source, fraction: float) -> tuple[Subset, Subset]:
     """
     hashes = np.array([int(digest([source.key(i)])[:8], 16) / 2**32 for i in range(len(source))])
     val = hashes < fraction
-    if fraction > 0 and len(source) > 1:
+    if fraction > 0 and len(source):
         val[hashes.argmin()] = True
-        val[hashes.argmax()] = False
+        val[hashes.argmax()] = False  # of a single sample too: it is trained on
     return Subset(source, np.flatnonzero(~val)), Subset(source, np.flatnonzero(val))
 
 

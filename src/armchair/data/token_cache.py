@@ -57,9 +57,9 @@ def open_cache(folder: Path, fingerprint: str) -> TokenCache | None:
     """The cache at `folder` if it was made from just this; None where there is none or it is stale."""
     try:
         found = json.loads((folder / "cache.json").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError):
+        return TokenCache(folder) if found == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged cache is made again, like a stale one
         return None
-    return TokenCache(folder) if found == fingerprint else None
 
 
 def build_cache(

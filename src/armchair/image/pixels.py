@@ -40,7 +40,7 @@ def read_image(data: bytes | Path) -> np.ndarray:
                 raise BrokenSample("image over 64 megapixels")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_rgb(image))
+            return np.asarray(rgb(image))
     except BrokenSample:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -90,7 +90,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip it
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

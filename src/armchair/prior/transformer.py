@@ -16,6 +16,7 @@ each activation by about the same amount: a step size found at 2 M parameters ho
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +140,8 @@ class Prior(nn.Module):
         self.image_embedding = nn.Embedding(shape.codebook_size, d)
         self.row_embedding = nn.Embedding(shape.grid, d)
         self.column_embedding = nn.Embedding(shape.grid, d)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks: Sequence[Block] = layers  # type: ignore[assignment]
         self.norm = nn.LayerNorm(d)
         self.text_head = nn.Linear(d, shape.text_vocab_size + 1)
         self.image_head = nn.Linear(d, shape.codebook_size)
@@ -156,8 +158,8 @@ class Prior(nn.Module):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            nn.init.zeros_(block.attention.out.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(block.mlp_out.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp_out.weight)
         nn.init.zeros_(self.text_head.weight)
         nn.init.zeros_(self.image_head.weight)
 
@@ -186,12 +188,12 @@ class Prior(nn.Module):
         x = self._embed_text(text_tokens)
         keys, values = [], []
         for block in self.blocks:
-            q, k, v = block.attention.heads(block.attention_norm(x))  # type: ignore[operator, union-attr]
+            q, k, v = block.attention.heads(block.attention_norm(x))
             keys.append(k)
             values.append(v)
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block.attention.merge(a)  # type: ignore[operator, union-attr]
-            x = x + block.mlp(x)  # type: ignore[operator]
+            x = x + block.attention.merge(a)
+            x = x + block.mlp(x)
         return PromptCache(keys, values, self.image_head(self.norm(x[:, -1])).float())
 
     def start(self, prompts: PromptCache) -> DrawingCache:
@@ -204,10 +206,10 @@ class Prior(nn.Module):
         x = self.image_embedding(tokens) + self.row_embedding.weight[row] + self.column_embedding.weight[column]
         x = x[:, None]  # (B, 1, D)
         for layer, block in enumerate(self.blocks):
-            q, k, v = block.attention.heads(block.attention_norm(x))  # type: ignore[operator, union-attr]
+            q, k, v = block.attention.heads(block.attention_norm(x))
             k, v = cache.append(layer, j, k, v)
-            x = x + block.attention.merge(F.scaled_dot_product_attention(q, k, v))  # type: ignore[operator, union-attr]
-            x = x + block.mlp(x)  # type: ignore[operator]
+            x = x + block.attention.merge(F.scaled_dot_product_attention(q, k, v))
+            x = x + block.mlp(x)
         return self.image_head(self.norm(x[:, 0])).float()
 
     def _embed_text(self, text_tokens: Tensor) -> Tensor:

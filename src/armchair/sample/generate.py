@@ -94,15 +94,8 @@ def draw_codes(
         pick_rows = torch.arange(start, start + MICRO_BATCH).clamp(max=len(rows) - 1)
         caption = torch.tensor(rows)[pick_rows].to(device)
         given = torch.full_like(uniforms, FREE, dtype=torch.int64) if forced is None else forced
-        for codes in draw_micro_batch(
-            prior,
-            prompts.rows(caption),
-            null,
-            uniforms[pick_rows].to(device),
-            settings,
-            given[pick_rows].to(device),
-        ):
-            pass
+        stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
+        *_, codes = draw_micro_batch(prior, prompts.rows(caption), null, stream, settings, kept)
         done.append(codes[: len(rows) - start])
     return torch.cat(done).unflatten(1, (prior.shape.grid, prior.shape.grid))
 

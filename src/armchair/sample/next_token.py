@@ -19,7 +19,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, good, expected in (
-            ("temperature", 0 <= self.temperature <= 100, "0 to 100"),
+            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 100, "0, or 0.001 to 100"),
             ("top_k", self.top_k >= 0, "a count of 0 or more, 0 for all codes"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("guidance", 0 <= self.guidance <= 100, "0 to 100, 1 for none"),

@@ -23,7 +23,7 @@ from armchair.bundle import Bundle, bundled_names, find_bundle, read_bundle
 from armchair.config import from_dict, to_dict
 from armchair.errors import BundleError, RequestError, WorkError
 from armchair.image.dvae import DVAE, DVAEConfig
-from armchair.image.pixels import BrokenSample, _rgb, read_image, square, stack, to_pil
+from armchair.image.pixels import BrokenSample, read_image, rgb, square, stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig
@@ -427,7 +427,7 @@ class Artist:
         if not min(image.size):
             raise RequestError(f"image: expected at least one pixel, got {image.width} x {image.height}")
         try:
-            return square(np.asarray(_rgb(image)), self.resolution)
+            return square(np.asarray(rgb(image)), self.resolution)
         except BrokenSample as broken:
             raise RequestError(f"image: {broken.cause}; expected 8-bit RGB or grey") from None
 

@@ -97,11 +97,13 @@ class TextTokenizer:
         *,
         dropout: float = 0.0,
         rng: np.random.Generator | None = None,
+        warn: bool = True,
     ) -> np.ndarray:
         """Token ids, int64 (B, length), padded with `pad_id`.
 
-        Longer captions are cut; a call that cuts any logs one warning. `dropout` in [0, 1] is the probability
-        that a merge is skipped at a step (0.1 in the DALL·E paper, in training only), drawn from `rng`.
+        Longer captions are cut and counted; a call that cuts any logs one warning, where `warn`. `dropout` in
+        [0, 1] is the probability that a merge is skipped at a step (0.1 in the DALL·E paper, in training only),
+        drawn from `rng`.
         Raises RequestError for a length below 1, or a dropout out of range or without `rng`.
         """
         if isinstance(texts, str):
@@ -124,9 +126,8 @@ class TextTokenizer:
         if longest > length:
             cut = sum(len(ids) > length for ids in rows)
             self.cut_count += cut
-            log.warning(
-                "%d of %d captions cut to %d tokens; the longest has %d", cut, len(rows), length, longest
-            )
+            if warn:
+                log.warning("%d of %d captions cut to %d tokens; the longest has %d", cut, len(rows), length, longest)
         return out
 
     def decode(self, row: Iterable[int]) -> str:

@@ -76,7 +76,7 @@ def load_checkpoint(
         average.load_state_dict(load_file(place / "average.safetensors", device=str(device)))
         _load_moments(model, optimizer, load_file(place / "optimizer.safetensors", device=str(device)))
         plateau.load(state["plateau"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, WorkError):
             raise
         first = str(error).strip().splitlines()[0]

@@ -129,7 +129,7 @@ def check_codes(figures: CodeFigures, config: ImageTokenizerTraining, codebook_s
         raise WorkError(
             f"the codebook collapsed: {figures.usage:.1%} of {codebook_size} codes are used, perplexity "
             f"{figures.perplexity:.1f}; lower image_tokenizer_training.kl_weight (now {config.kl_weight}) or lr "
-            f"(now {config.lr}), or accept it with image_tokenizer_training.min_usage"
+            f"(now {config.lr}), or start from the data with image_tokenizer_training.data_init"
         )
     if figures.psnr < config.min_psnr:
         raise WorkError(

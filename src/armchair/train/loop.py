@@ -35,7 +35,10 @@ class Stage(Protocol):
     """What one stage of a recipe brings to the loop."""
 
     name: str
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
 
     def batches(self, start_step: int) -> Generator[Any, None, None]:
         """Batches from `start_step` on, a pure function of the step."""
@@ -128,6 +131,6 @@ def fit(
 def _check_finite(name: str, step: int, loss: Tensor | float, norm: Tensor, folder: Path) -> None:
     if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
         raise WorkError(
-            f"{name}: loss {float(loss):.4g}, gradient norm {float(norm):.4g} at step {step + 1}; the last good "
-            f"checkpoint is in {folder}. A smaller lr or a longer warmup usually helps"
+            f"{name}: loss {float(loss):.4g}, gradient norm {float(norm):.4g} at step {step + 1}; checkpoints, where "
+            f"one was saved, are in {folder}. A smaller lr or a longer warmup usually helps"
         )

@@ -17,7 +17,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     in `armchair.prior.transformer`).
     """
     width_scale = BASE_WIDTH / model.config.d_model if isinstance(model, Prior) else 1.0
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         hidden = model.is_hidden_matrix(name) if isinstance(model, Prior) else p.ndim >= 2 and name != "codebook"
         (matrices if hidden else others).append(p)

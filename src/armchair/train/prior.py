@@ -61,7 +61,10 @@ class PriorStage:
         images = self.order.indices(step * size, size)
         codes = self.cache.codes(images, rng.integers(self.cache.views, size=size))
         captions = [draw_caption(self.cache.captions[i], rng) for i in images]
-        tokens = self.text_tokenizer.encode(captions, config.length, dropout=config.dropout, rng=rng)
+        # Cut captions are said once a run, not in every batch.
+        tokens = self.text_tokenizer.encode(
+            captions, config.length, dropout=config.dropout, rng=rng, warn=not self.text_tokenizer.cut_count
+        )
         tokens[rng.random(size) < self.config.caption_dropout] = self.text_tokenizer.pad_id
         return torch.from_numpy(tokens), codes
 
@@ -72,7 +75,8 @@ class PriorStage:
 
     def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         text, codes = batch
-        loss = stream_loss(*self.model(text, codes), text, codes, self.config.text_weight)
+        text_logits, image_logits = self.model(text, codes)
+        loss = stream_loss(text_logits, image_logits, text, codes, self.config.text_weight)
         return loss.loss, _figures(loss.text.detach(), loss.image.detach())
 
     @torch.inference_mode()
@@ -87,7 +91,8 @@ class PriorStage:
             captions = [self.validation.captions[i][0][0] for i in images]
             tokens = self.text_tokenizer.encode(captions, self.recipe.text_tokenizer.length)
             text = torch.from_numpy(tokens).to(device)
-            loss = stream_loss(*model(text, codes), text, codes, self.config.text_weight)
+            text_logits, image_logits = model(text, codes)
+            loss = stream_loss(text_logits, image_logits, text, codes, self.config.text_weight)
             sums += len(images) * np.array([float(part) for part in loss])
         loss_all, text_loss, image_loss = sums / count
         return {"loss": float(loss_all), **_figures(float(text_loss), float(image_loss))}

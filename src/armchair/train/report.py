@@ -23,7 +23,8 @@ class Report:
         (run / "sheets").mkdir(parents=True, exist_ok=True)
         self.log = (run / "log.jsonl").open("a", encoding="utf-8")
         self.board = _board(run)
-        self.stage, self.config = "", None
+        self.stage = ""
+        self.config: FitConfig | None = None
         self.began = time.time()
 
     def message(self, text: str) -> None:

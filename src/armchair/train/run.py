@@ -37,9 +37,9 @@ from armchair.prior.transformer import Prior
 from armchair.runtime import autocast, generator, stream_seed
 from armchair.text.bpe import TextTokenizer
 from armchair.train.image_tokenizer import ImageTokenizerStage, check_codes, code_figures, fixed_images
-from armchair.train.loop import fit
+from armchair.train.loop import Stage, fit
 from armchair.train.prior import PriorStage
-from armchair.train.recipe import Recipe
+from armchair.train.recipe import FitConfig, Recipe
 from armchair.train.report import Report
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Run:
         text_tokenizer, image_tokenizer, prior = self.text_tokenizer(), self.image_tokenizer(), self.prior()
         info = {
             "name": self.recipe.name,
-            "recipe": to_dict(self.recipe),
+            "recipe": to_dict(_without_places(self.recipe)),
             "text_vocab_size": text_tokenizer.vocab_size,
             "metrics": self._metrics(),
             "data": {
@@ -134,7 +134,11 @@ class Run:
                 "images": len(self.train_source),
                 "licence": self.recipe.licence,
             },
-            "versions": {"armchair": armchair.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "armchair": armchair.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         weights = {"image_tokenizer": _half(image_tokenizer), "prior": _half(prior)}
         write_bundle(
@@ -143,7 +147,7 @@ class Run:
         self.report.message(f"bundle written to {out}")
         return out
 
-    def _fit(self, stage: ImageTokenizerStage | PriorStage, config) -> nn.Module:  # type: ignore[no-untyped-def]
+    def _fit(self, stage: Stage, config: FitConfig) -> nn.Module:
         return fit(
             stage, config, self.folder / stage.name, self.report, device=self.device, should_stop=self.should_stop
         )
@@ -177,9 +181,11 @@ class Run:
     def _metrics(self) -> dict[str, dict[str, float | str]]:
         """The last validation of each stage, as the log has it, with the command that makes it again."""
         found: dict[str, dict[str, float | str]] = {}
+        recipe = self.recipe
+        steps = {"image_tokenizer": recipe.image_tokenizer_training.steps, "prior": recipe.prior_training.steps}
         for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
-            if event["event"] == "validation":
+            if event["event"] == "validation" and event["step"] <= steps[event["stage"]]:
                 skip = ("time", "event", "stage")
                 found[event["stage"]] = {k: v for k, v in event.items() if k not in skip}
         for figures in found.values():
@@ -219,6 +225,12 @@ def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
         image_tokenizer=base.image_tokenizer,
         prior=base.prior,
     )
+
+
+def _without_places(recipe: Recipe) -> Recipe:
+    """The recipe with its data named by file names only: a bundle travels, its maker's folders do not."""
+    train, val = ([Path(place).name for place in places] for places in (recipe.data.train, recipe.data.val))
+    return replace(recipe, data=replace(recipe.data, train=tuple(train), val=tuple(val)))
 
 
 def _open_data(recipe: Recipe) -> tuple[Source, Source]:
