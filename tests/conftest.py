@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ from armchair.prior.transformer import Prior
 from armchair.shapes.captions import prompts
 from armchair.text.bpe import TextTokenizer
 from armchair.train.recipe import Recipe
+
+# No test of ours is about how long one example takes, and a busy machine would fail it at random.
+hypothesis.settings.register_profile("armchair", deadline=None)
+hypothesis.settings.load_profile("armchair")
 
 
 def tiny_recipe_dict() -> dict[str, Any]:
@@ -36,7 +41,6 @@ def tiny_recipe_dict() -> dict[str, Any]:
         "image_tokenizer_training": {
             **fit,
             "steps": 2,
-            "data_init": True,
             "min_psnr": -99.0,
             "min_usage": 0.0,
         },

@@ -100,7 +100,7 @@ def test_name_without_one_in_info(tmp_path: Path) -> None:
     assert (read_bundle(tmp_path / "a.b").name, read_bundle(tmp_path / "c.zip").name) == ("a.b", "c")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_flipped_byte_or_cut_is_found(whole: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(FILES))
@@ -116,7 +116,7 @@ def test_any_flipped_byte_or_cut_is_found(whole: Path, data: st.DataObject) -> N
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_damaged_zip_is_refused_or_reads_the_same(whole: Path, data: st.DataObject) -> None:
     original = (whole / "tiny.zip").read_bytes()

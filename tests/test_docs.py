@@ -95,14 +95,17 @@ def default_of(f: dataclasses.Field) -> str:
 
 def expected() -> dict[str, dict[str, str]]:
     fit = {f.name: default_of(f) for f in dataclasses.fields(FitConfig)}
-    found: dict[str, dict[str, str]] = {"recipe": {}, "Training of both stages": fit}
+    found: dict[str, dict[str, str]] = {"recipe": {}, "Training of the stages": fit}
     hints = typing.get_type_hints(Recipe)
     for f in dataclasses.fields(Recipe):
-        config = hints[f.name]
-        if not dataclasses.is_dataclass(config):
+        told = (hints[f.name], *typing.get_args(hints[f.name]))  # of `X | None` too
+        config = next((hint for hint in told if dataclasses.is_dataclass(hint)), None)
+        if config is None or f.default is None:
             found["recipe"][f.name] = default_of(f)
+        else:
+            found["recipe"][f.name] = "required" if f.default_factory is dataclasses.MISSING else "see below"
+        if config is None:
             continue
-        found["recipe"][f.name] = "required" if f.default_factory is dataclasses.MISSING else "see below"
         own = {g.name: default_of(g) for g in dataclasses.fields(config)}
         if issubclass(typing.cast(type, config), FitConfig):
             own = {name: default for name, default in own.items() if fit.get(name) != default}

@@ -54,13 +54,13 @@ def assert_same(one, other) -> None:
         assert torch.equal(a, b)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 5))
 def test_each_epoch_is_a_permutation(n, seed, epoch):
     assert sorted(Order(n, seed).indices(epoch * n, n)) == list(range(n))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 100), st.integers(0, 9), st.booleans())
 def test_the_order_is_a_function_of_the_position(n, start, count, seed, weighted):
     what = np.random.default_rng(n).random(n) + 0.01 if weighted else n
@@ -76,7 +76,7 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(order.indices(0, 100), Order(100, 1).indices(0, 100))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=30).filter(any), st.integers(0, 999))
 def test_weighted_visits_are_in_proportion(weights, seed):
     n, epochs = len(weights), 100
@@ -94,7 +94,7 @@ def test_orders_of_nothing_are_refused(weights):
         Order(weights, 0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 30), st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(0, 9), st.integers(0, 4)
 )
@@ -111,7 +111,7 @@ def test_ranks_are_disjoint_and_together_the_whole(n, world, local, seed, start_
     assert whole[0][0].shape == (size, 3, 8, 8) and whole[0][0].dtype == torch.float32
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(101, 150), st.integers(1, 8), st.integers(0, 9), st.integers(1, 4), st.integers(1, 4))
 def test_resuming_and_threads_change_nothing(n, start, seed, threads, prefetch):
     source = Memory(n, broken=(3,))
@@ -210,7 +210,7 @@ def test_balance_visits_groups_by_the_root_of_their_size():
         sample_weights(Memory(21, fields=fields), DataConfig(balance="stile"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 200), st.floats(0, 0.9))
 def test_split_parts_the_source(n, fraction):
     source = Memory(n)

@@ -168,7 +168,7 @@ def whole_tar(request, tmp_path_factory):
     return folder, path.read_bytes(), read_all(TarSource(path))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.data())
 def test_a_tar_cut_anywhere_gives_a_prefix_and_one_broken(whole_tar, data):
     folder, content, whole = whole_tar
@@ -190,7 +190,7 @@ def test_a_tar_cut_anywhere_gives_a_prefix_and_one_broken(whole_tar, data):
     assert source.fingerprint()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_a_damaged_tar_never_crashes(whole_tar, data):
     folder, content, _ = whole_tar
@@ -208,7 +208,7 @@ def test_a_damaged_tar_never_crashes(whole_tar, data):
             source[i]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=60))
 def test_any_unicode_caption_is_kept(tmp_path_factory, caption):
     folder = tmp_path_factory.mktemp("unicode")

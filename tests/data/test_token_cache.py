@@ -81,7 +81,7 @@ def test_codes_are_those_of_the_images_and_their_crops(tmp_path, batch_size):
     assert not torch.equal(all_codes(cache, 1), all_codes(cache, 2))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     n=st.integers(1, 23),
     shard=st.integers(1, 8),

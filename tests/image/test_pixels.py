@@ -97,7 +97,7 @@ def test_missing_file_and_programs_in_disguise_are_broken(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.binary(max_size=200),
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF89a", b"II*\0"]),
@@ -108,7 +108,7 @@ def test_random_bytes_are_broken(data, magic):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged EXIF data
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF"]))
 def test_damaged_images_are_read_or_broken(data, format):
     whole = bytearray(encoded(Image.fromarray(noise(16, 16)), format))
@@ -121,7 +121,7 @@ def test_damaged_images_are_read_or_broken(data, format):
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**32), st.booleans())
 def test_crops_have_their_shape_and_stay_within_the_values(height, width, resolution, seed, flip):
     image = noise(height, width) // 2 + 64
@@ -168,7 +168,7 @@ def test_square_is_the_centre_by_area():
     assert np.abs(square(image, 2) - blocks).max() <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
 def test_pixels_go_to_tensors_and_back(count, resolution, seed):
     images = [noise(resolution, resolution, seed + k) for k in range(count)]
@@ -184,7 +184,7 @@ def test_to_pil_clamps_and_rounds():
     assert np.asarray(to_pil(tensor)[0])[:, :, 0].ravel().tolist() == [0, 0, 1, 255]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.text(max_size=80), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 3))
 def test_contact_sheet_takes_any_label(labels, columns, scale):
     images = [Image.fromarray(noise(8, 8, k)) for k in range(len(labels))]

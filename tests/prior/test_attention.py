@@ -24,7 +24,7 @@ def seen(pattern: str, j: int, grid: int) -> set[int]:
     return set(range(j + 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pattern=patterns, grid=grids, text_length=st.sampled_from([1, 2, 7]))
 def test_masks_are_the_papers(pattern, grid, text_length):
     mask = stream_mask(pattern, text_length, grid)
@@ -53,7 +53,7 @@ def test_a_row_of_the_released_grid_sees_the_32_tokens_before_it():
     assert bool(mask[257 + 500, 257 + 468]) and not bool(mask[257 + 500, 257 + 467])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(pattern=patterns, grid=grids)
 def test_the_cache_shows_each_token_just_what_it_may_see(pattern, grid):
     store = ImageKeys(pattern, grid)
@@ -69,7 +69,7 @@ def test_the_cache_shows_each_token_just_what_it_may_see(pattern, grid):
         assert set(tokens) == seen(pattern, j, grid)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(pattern=patterns, grid=st.integers(1, 6), heads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_attention_equals_the_library_kernel(pattern, grid, heads, seed):
     mask = stream_mask(pattern, 3, grid)

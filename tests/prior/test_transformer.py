@@ -42,7 +42,7 @@ def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: 
     torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(patterns=layers, grid=grids, text_length=text_lengths, seed=seeds)
 def test_cached_and_uncached_logits_agree(patterns, grid, text_length, seed):
     assert_cache_agrees(patterns, grid, text_length, seed)
@@ -54,7 +54,7 @@ def test_cached_and_uncached_logits_agree_for_each_pattern(pattern, grid):
     assert_cache_agrees([pattern, pattern], grid, 3, 7)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(patterns=layers, grid=st.integers(2, 6), text_length=text_lengths, seed=seeds, data=st.data())
 def test_a_later_token_never_changes_an_earlier_logit(patterns, grid, text_length, seed, data):
     stream = tiny.shape(grid, text_length)
@@ -149,7 +149,7 @@ def test_the_first_logits_are_uniform_and_the_first_loss_is_ln_v():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 4), stream_seed=seeds, vocab=st.sampled_from([1, 30, 3000]), weight=st.floats(0, 1)
 )

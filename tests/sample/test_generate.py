@@ -46,7 +46,7 @@ def draw(
 # The cached sampler against the literal one.
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3),
     grid=st.integers(1, 5),
@@ -113,7 +113,7 @@ def test_codes_do_not_depend_on_who_shares_the_batch(model, chosen):
     assert torch.equal(draw(model, chosen, rows[::-1], candidates[::-1]), together.flip(0))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(picked=st.lists(st.integers(0, 20), min_size=1, max_size=19), guidance=st.sampled_from([1.0, 2.5]))
 def test_any_company_gives_the_same_codes(picked, guidance):
     model = tiny.prior(STREAM, "row", "convolutional", width=64, seed=3)
@@ -156,7 +156,7 @@ def test_drawing_leaves_the_global_random_state_alone(model):
 # Forced codes and partial results.
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data(), guidance=st.sampled_from([1.0, 2.0]), temperature=st.sampled_from([0.0, 1.0]))
 def test_forced_codes_are_kept_and_the_rest_is_drawn_after_them(data, guidance, temperature):
     model = tiny.prior(STREAM, "full", "row", seed=4)

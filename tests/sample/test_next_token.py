@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
@@ -26,13 +26,11 @@ def drawn(logits: list[float], **fields) -> list[float]:
     return probabilities(torch.tensor([logits]), Settings(**fields))[0].tolist()
 
 
-@settings(deadline=None)
 @given(logits=rows_of_logits, temperature=st.floats(0.05, 10))
 def test_temperature_divides_the_logits(logits, temperature):
     assert drawn(logits, temperature=temperature) == pytest.approx(softmax(logits, temperature), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(logits=rows_of_logits)
 def test_temperature_zero_is_the_likeliest_code(logits):
     p = drawn(logits, temperature=0.0, top_k=3, top_p=0.5)
@@ -40,7 +38,6 @@ def test_temperature_zero_is_the_likeliest_code(logits):
     assert logits[p.index(1.0)] == max(logits)
 
 
-@settings(deadline=None)
 @given(logits=rows_of_logits, k=st.integers(1, 50), temperature=st.floats(0.2, 3))
 def test_top_k_keeps_the_k_likeliest(logits, k, temperature):
     p = drawn(logits, top_k=k, temperature=temperature)
@@ -51,7 +48,6 @@ def test_top_k_keeps_the_k_likeliest(logits, k, temperature):
     assert [p[i] for i in kept] == pytest.approx(softmax([logits[i] for i in kept], temperature), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(logits=rows_of_logits, top_p=st.floats(0.01, 1, exclude_max=True))
 def test_top_p_keeps_the_fewest_codes_that_reach_p(logits, top_p):
     full = drawn(logits)
@@ -107,7 +103,6 @@ def normalised(weights: list[float]) -> torch.Tensor:
     return p / p.sum()
 
 
-@settings(deadline=None)
 @given(weights=distributions, u=uniforms)
 def test_the_pick_is_the_inverse_cdf(weights, u):
     p = normalised(weights)
@@ -117,7 +112,6 @@ def test_the_pick_is_the_inverse_cdf(weights, u):
     assert int(pick(p, torch.tensor([u], dtype=torch.float64))) == bisect.bisect_right(cdf, u)
 
 
-@settings(deadline=None)
 @given(weights=distributions, u=st.sampled_from([0.0, 5e-324, 1e-17, 0.5, 1 - 2**-53, 1.0]))
 def test_a_code_without_probability_is_never_picked(weights, u):
     p = normalised(weights)
@@ -164,7 +158,6 @@ def test_settings_out_of_range_are_refused(field, value):
         Settings(**{field: value})
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 999), temperature=st.sampled_from([0.0, 0.01, 1.0, 100.0]), k=st.integers(0, 40))
 def test_probabilities_sum_to_one(seed, temperature, k):
     logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, 30)) * 50)

@@ -194,7 +194,7 @@ rectangles = st.tuples(st.integers(0, 15), st.integers(0, 15), st.integers(1, 16
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rectangle=rectangles, seed=st.integers(0, 2**63 - 1))
 def test_complete_keeps_what_is_outside(
     artist: Artist, photo: Image.Image, rectangle: tuple[int, int, int, int], seed: int

@@ -70,7 +70,7 @@ def test_larger_pictures_and_pil_pictures_read_the_same(index, scale):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(3, 90), st.integers(3, 90))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_picture_is_read_without_a_crash(seed, blobs, width, height):
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))

@@ -12,7 +12,9 @@ import tiny
 from armchair.data.sources import DataConfig
 from armchair.errors import WorkError
 from armchair.image.dvae import DVAEConfig
+from armchair.image.pixels import stack
 from armchair.prior.transformer import PriorConfig
+from armchair.shapes.world import render, scene
 from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints
 from armchair.train.image_tokenizer import CodeFigures, check_codes, code_figures
@@ -257,10 +259,33 @@ def test_captions_are_left_out_as_often_as_asked(share):
     assert torch.equal(empty, (later == pad).all(1)) == (share in (0, 1))  # others in each step
 
 
+class Painter(nn.Module):
+    """Decodes whatever it gets into the next of the pictures it was given."""
+
+    def __init__(self, pictures: torch.Tensor):
+        super().__init__()
+        self.pictures = nn.Parameter(pictures, requires_grad=False)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        taken, self.pictures.data = self.pictures[: len(codes)], self.pictures[len(codes) :]
+        return taken
+
+
+def test_prompt_accuracy_is_the_share_of_right_pictures():
+    scenes = [scene(i, split="val", objects=objects) for objects in (1, 2) for i in range(4)]
+    pictures = stack([render(s) for s in scenes])
+    pictures[5] = 0.5  # one of the four of two objects shows nothing
+    stage = prior_stage(accuracy_prompts=4)
+    stage.image_tokenizer = Painter(pictures)
+    figures = stage.validate(stage.model)
+    assert figures["accuracy_1"] == 1.0 and figures["accuracy_2"] == 0.75
+    assert not any(name.startswith("accuracy") for name in prior_stage().validate(stage.model))
+
+
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        (CodeFigures(20.0, 0.01, 5.0), r"collapsed: 1\.0% of 32 codes .*kl_weight .*data_init"),
+        (CodeFigures(20.0, 0.01, 5.0), r"collapsed: 1\.0% of 32 codes .*kl_weight .*autoencoder_training"),
         (CodeFigures(20.0, 0.50, 1.5), r"collapsed: .*perplexity 1\.5"),
         (CodeFigures(12.0, 0.50, 9.0), r"12\.0 dB, less than image_tokenizer_training\.min_psnr 15"),
     ],

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -27,7 +27,6 @@ def test_the_papers_schedules():
     assert cosine(1_200_000, 1_200_000, 1e-4, 1.25e-6) == pytest.approx(1.25e-6)
 
 
-@settings(deadline=None)
 @given(step=st.integers(0, 300), steps=st.integers(1, 200), start=st.floats(0, 10), end=st.floats(0, 10))
 def test_cosine_stays_between_its_ends_and_keeps_its_direction(step, steps, start, end):
     low, high = min(start, end) - 1e-9, max(start, end) + 1e-9
@@ -75,7 +74,6 @@ def test_a_plateau_goes_on_from_its_state(losses, cut, patience):
     assert second.state() == whole.state()
 
 
-@settings(deadline=None)
 @given(decay=st.floats(0, 0.9999), step=st.integers(0, 100_000), seed=st.integers(0, 99))
 def test_the_average_moves_by_the_rest_of_the_decay(decay, step, seed):
     average, weights = torch.randn(2, 3, 4, generator=tiny.seeded(seed))

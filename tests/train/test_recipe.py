@@ -23,6 +23,9 @@ def small(tmp_path) -> Path:
     return path
 
 
+FIT = {"steps": 1, "batch_size": 1, "lr": 1e-3}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_valid(path):
     recipe = read_recipe(path)
@@ -75,6 +78,8 @@ def test_overrides_are_dotted_names(small):
         ({"prior_training.steps": 0}, r"prior_training: steps: expected at least 1, got 0"),
         ({"prior_training.schedule": "cosin"}, r"schedule: unknown 'cosin'.*'cosine'"),
         ({"prior_training.precision": "fp23"}, r"precision: unknown 'fp23'.*'fp32'"),
+        ({"autoencoder_training": {**FIT, "noise": 0.0}}, r"autoencoder_training: noise: expected a number above 0"),
+        ({"autoencoder_training": {**FIT, "images": 0}}, r"autoencoder_training: images: expected at least 1, got 0"),
         ({"prior_training.accumulate": 3}, r"batch_size 8 is not a multiple of accumulate 3"),
         ({"prior_training.ema": 1.0}, r"ema: expected 0 or more and less than 1"),
         ({"prior.attention": ["rows"]}, r"prior: unknown attention pattern 'rows'.*'row'"),

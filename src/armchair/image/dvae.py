@@ -178,6 +178,7 @@ class DVAE(nn.Module):
                 encoder.append(Block(n_in, width, (3, 3, 3, 1), gain))
                 n_in = width
         self.encoder = nn.Sequential(*encoder, nn.ReLU())
+        self.n_features = n_in
         self.to_logits = conv(n_in, c.codebook_size, 1)
 
         self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.n_init) / math.sqrt(c.n_init))
@@ -225,40 +226,13 @@ class DVAE(nn.Module):
                 f"images: expected (B, 3, {c.resolution}, {c.resolution}), got {tuple(images.shape)}"
             )
         # A 1x1 convolution written as a matrix product: K lies last, contiguous for the softmax.
-        return F.linear(self._features(images), self.to_logits.weight[:, :, 0, 0], self.to_logits.bias)
+        return F.linear(self.features(images), self.to_logits.weight[:, :, 0, 0], self.to_logits.bias)
 
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """images: (B, 3, R, R) in [0, 1] -> the encoder's last features, (B, S, S, n_features)."""
         x = F.pixel_unshuffle(map_pixels(images), self.config.patch)
         h = self.encoder(x.contiguous(memory_format=torch.channels_last))
         return h.permute(0, 2, 3, 1)  # (B, S, S, C)
-
-    @torch.no_grad()
-    def initialise_codes(self, images: Tensor, generator: torch.Generator, sharpness: float = 8.0) -> None:
-        """Start the codes as a quantiser of the untrained encoder's features, from a sample of images.
-
-        Each code gets one position's features f_k as its prototype, chosen far from the others (k-means++,
-        Arthur and Vassilvitskii, 2007), and logits -sharpness * |f - f_k|^2 / (2 m) up to a constant, m being
-        the mean squared distance to the nearest prototype's neighbour; embeddings are a fixed random
-        projection of the prototypes. From a random start, a small budget goes into telling codes apart.
-        """
-        features = torch.cat([self._features(chunk) for chunk in images.split(64)]).flatten(0, -2)
-        chosen = torch.zeros(self.codebook_size, dtype=torch.int64)
-        chosen[0] = torch.randint(len(features), (1,), generator=generator)
-        distance = (features - features[chosen[0]]).square().sum(-1)
-        for k in range(1, self.codebook_size):
-            u = torch.rand((), generator=generator, dtype=torch.float64)
-            cdf = distance.double().cumsum(0)
-            chosen[k] = torch.searchsorted(cdf, u * cdf[-1]).clamp(max=len(features) - 1)
-            torch.minimum(distance, (features - features[chosen[k]]).square().sum(-1), out=distance)
-        prototypes = features[chosen]
-        spacing = torch.cdist(prototypes, prototypes).fill_diagonal_(torch.inf).amin(1).square().mean()
-        scale = sharpness / spacing
-        self.to_logits.weight.copy_((scale * prototypes)[:, :, None, None])
-        self.to_logits.bias.copy_(-scale / 2 * prototypes.square().sum(-1))  # type: ignore[union-attr]
-        centred = prototypes - prototypes.mean(0)
-        projection = torch.randn(centred.shape[1], self.config.n_init, generator=generator)
-        embedding = centred @ projection
-        self.codebook.copy_(embedding / embedding.std() * 4 / math.sqrt(self.config.n_init))
 
     def density(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """latent: (B, S, S, n_init) -> mu and ln b of the pixels' density, each (B, 3, R, R) float32."""
@@ -268,16 +242,12 @@ class DVAE(nn.Module):
         floor = self.config.min_log_scale
         return mu, floor + F.softplus(raw - floor)
 
-    def relaxed_loss(
-        self, images: Tensor, tau: float, kl_weight: float, generator: torch.Generator, train_encoder: bool = True
-    ) -> Relaxed:
+    def relaxed_loss(self, images: Tensor, tau: float, kl_weight: float, generator: torch.Generator) -> Relaxed:
         """The relaxed evidence bound, negated, for one batch (paper, equation 1 and appendix A.2).
 
         images: (B, 3, R, R) in [0, 1]; tau > 0; kl_weight is beta, on the scale of the paper (6.6 at the end).
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
-            logits = self.logits(images)
-        weights, kl = gumbel_relaxation(logits, tau, generator)
+        weights, kl = gumbel_relaxation(self.logits(images), tau, generator)
         reconstruction = self.reconstruction_loss(images, weights @ self.codebook)
         loss = reconstruction + kl_weight / (3 * self.config.factor**2) * kl.mean()
         return Relaxed(loss, reconstruction, kl.mean())

@@ -1,9 +1,8 @@
 """Scenes of one to three flat shapes on a plain ground, and their pictures.
 
 The canonical picture is 64x64 pixels.  Object centres lie on a 4-pixel lattice; stripes are 4 pixels apart
-and dots sit on every other lattice point.  This is deliberate: cut into 4x4 or 8x8 patches, the world has few
-distinct patches, so a small discrete code grid can express every picture exactly, and what a model gets wrong
-is what it did not learn rather than what its codes could not say.
+and dots sit on every other lattice point.  This is deliberate: cut into 4x4 patches, a shape gives the same
+patches wherever it stands.
 
 x runs right and y runs down, in canonical pixels; a centre (20, 32) is the corner shared by pixels 19 and 20
 in x and by pixels 31 and 32 in y.

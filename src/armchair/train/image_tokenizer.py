@@ -12,12 +12,13 @@ from torch import Tensor
 from armchair.data.loader import batches
 from armchair.data.sources import Source
 from armchair.errors import WorkError
+from armchair.image.autoencoder import Autoencoder
 from armchair.image.dvae import DVAE
 from armchair.image.pixels import square, stack, to_pil
 from armchair.image.sheet import contact_sheet
-from armchair.runtime import generator
+from armchair.runtime import generator, stream_seed
 from armchair.train.optim import cosine
-from armchair.train.recipe import ImageTokenizerTraining, Recipe
+from armchair.train.recipe import AutoencoderTraining, ImageTokenizerTraining, Recipe
 
 
 class CodeFigures(NamedTuple):
@@ -32,15 +33,19 @@ class CodeFigures(NamedTuple):
 def code_figures(model: DVAE, images: Tensor, batch_size: int = 64) -> CodeFigures:
     """images: (B, 3, R, R) in [0, 1]."""
     counts = torch.zeros(model.codebook_size, device=images.device)
-    errors = []
+    ratios = []
     for chunk in images.split(batch_size):
         codes = model.encode(chunk)
         counts += torch.bincount(codes.flatten(), minlength=len(counts))
-        errors.append((model.decode(codes).float() - chunk).square().mean((1, 2, 3)))
-    psnr = -10 * torch.cat(errors).clamp_min(1e-10).log10().median()
+        ratios.append(psnr(model.decode(codes).float(), chunk))
     p = counts / counts.sum()
     entropy = -(p * p.clamp_min(1e-12).log()).sum()
-    return CodeFigures(float(psnr), float((counts > 0).float().mean()), math.exp(float(entropy)))
+    return CodeFigures(float(torch.cat(ratios).median()), float((counts > 0).float().mean()), math.exp(float(entropy)))
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair of images in [0, 1], (B, 3, R, R) -> (B,), in dB; at most 100."""
+    return -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
 class ImageTokenizerStage:
@@ -75,9 +80,7 @@ class ImageTokenizerStage:
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
         tau, kl_weight = self.tau(step), self.kl_weight(step)
-        loss, reconstruction, kl = self.model.relaxed_loss(
-            batch, tau, kl_weight, noise, train_encoder=step >= self.config.decoder_first
-        )
+        loss, reconstruction, kl = self.model.relaxed_loss(batch, tau, kl_weight, noise)
         return loss, {
             "reconstruction": reconstruction.detach(),
             "kl": kl.detach(),
@@ -113,14 +116,61 @@ class ImageTokenizerStage:
     def sheet(self, model: Any) -> Image.Image:
         """Sixteen held-out images, each above its round trip through the codes."""
         images = self.validation[:16].to(next(model.parameters()).device)
-        pairs = zip(to_pil(images), to_pil(model.decode(model.encode(images)).float()), strict=True)
-        rows = list(pairs)
-        columns = 8
-        ordered = []
-        for start in range(0, len(rows), columns):
-            group = rows[start : start + columns]
-            ordered += [a for a, _ in group] + [b for _, b in group]
-        return contact_sheet(ordered, None, columns=min(columns, len(rows)), scale=2)
+        return round_trips(images, model.decode(model.encode(images)))
+
+
+class AutoencoderStage:
+    """What `armchair.train.loop.fit` needs for the start of a dVAE."""
+
+    name = "autoencoder"
+
+    def __init__(
+        self, recipe: Recipe, config: AutoencoderTraining, model: Autoencoder, source: Source, validation: Tensor
+    ):
+        self.recipe, self.config, self.model, self.source = recipe, config, model, source
+        self.validation = validation  # (B, 3, R, R)
+
+    def batches(self, start_step: int) -> Generator[Any, None, None]:
+        return batches(
+            self.source,
+            self.recipe.data,
+            batch_size=self.config.batch_size,
+            seed=stream_seed(self.recipe.seed, self.name),  # another order than stage 1 goes through
+            start_step=start_step,
+        )
+
+    def parts(self, batch: Any, count: int) -> list[Any]:
+        device = next(self.model.parameters()).device
+        return [images.to(device) for images in batch[0].chunk(count)]
+
+    def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
+        return self.model.loss(batch, noise), {}
+
+    @torch.inference_mode()
+    def validate(self, model: Any) -> dict[str, float]:
+        images = self.validation.to(next(model.parameters()).device)
+        noise = generator(self.recipe.seed, "validation", device=images.device)
+        losses, ratios = [], []
+        for chunk in images.split(64):
+            losses.append(float(model.loss(chunk, noise)) * len(chunk))
+            ratios.append(psnr(model.reconstruct(chunk).float(), chunk))
+        return {"loss": sum(losses) / len(images), "psnr": float(torch.cat(ratios).median())}
+
+    @torch.inference_mode()
+    def sheet(self, model: Any) -> Image.Image:
+        """Sixteen held-out images, each above its round trip through the numbers."""
+        images = self.validation[:64].to(next(model.parameters()).device)  # enough for the statistics of a batch
+        return round_trips(images[:16], model.reconstruct(images)[:16])
+
+
+def round_trips(images: Tensor, again: Tensor) -> Image.Image:
+    """A sheet with each of `images` above what came `again`; both (B, 3, R, R) in [0, 1]."""
+    columns = min(8, len(images))
+    ordered = []
+    for above, below in zip(images.split(columns), again.float().split(columns), strict=True):
+        ordered += to_pil(above) + to_pil(below)
+    return contact_sheet(ordered, None, columns=columns, scale=2)
 
 
 def check_codes(figures: CodeFigures, config: ImageTokenizerTraining, codebook_size: int) -> None:
@@ -129,7 +179,7 @@ def check_codes(figures: CodeFigures, config: ImageTokenizerTraining, codebook_s
         raise WorkError(
             f"the codebook collapsed: {figures.usage:.1%} of {codebook_size} codes are used, perplexity "
             f"{figures.perplexity:.1f}; lower image_tokenizer_training.kl_weight (now {config.kl_weight}) or lr "
-            f"(now {config.lr}), or start from the data with image_tokenizer_training.data_init"
+            f"(now {config.lr}), or give the run a start with autoencoder_training"
         )
     if figures.psnr < config.min_psnr:
         raise WorkError(

@@ -20,7 +20,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        hidden = model.is_hidden_matrix(name) if isinstance(model, Prior) else p.ndim >= 2 and name != "codebook"
+        if isinstance(model, Prior):
+            hidden = model.is_hidden_matrix(name)
+        else:
+            hidden = p.ndim >= 2 and not name.endswith("codebook")
         (matrices if hidden else others).append(p)
     return [
         {"params": matrices, "weight_decay": weight_decay, "lr_scale": width_scale},

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from armchair.prior.transformer import Prior
 from armchair.runtime import stream_seed
 from armchair.sample.generate import candidate_uniforms, draw_codes
 from armchair.sample.next_token import Settings
+from armchair.shapes.accuracy import Accuracy, judge
+from armchair.shapes.captions import prompts
+from armchair.shapes.world import COUNTS
 from armchair.text.bpe import TextTokenizer
 from armchair.train.recipe import Recipe
 
@@ -95,27 +98,43 @@ class PriorStage:
             loss = stream_loss(text_logits, image_logits, text, codes, self.config.text_weight)
             sums += len(images) * np.array([float(part) for part in loss])
         loss_all, text_loss, image_loss = sums / count
-        return {"loss": float(loss_all), **_figures(float(text_loss), float(image_loss))}
+        figures = {"loss": float(loss_all), **_figures(float(text_loss), float(image_loss))}
+        if self.config.accuracy_prompts:
+            for objects in COUNTS["val"]:
+                figures[f"accuracy_{objects}"] = self._prompt_accuracy(model, objects)
+        return figures
+
+    def _prompt_accuracy(self, model: Any, objects: int) -> float:
+        """Share of drawings of held-out prompts of the shapes world that show all that was asked for."""
+        wanted = prompts(self.config.accuracy_prompts, split="val", objects=objects)
+        uniforms = candidate_uniforms(0, range(len(wanted)), model.shape.image_length)
+        _, images = self._draw(model, [p.text for p in wanted], uniforms)
+        return Accuracy.of(judge(p, image) for p, image in zip(wanted, images, strict=True)).whole
 
     @torch.inference_mode()
     def sheet(self, model: Any) -> Image.Image | None:
         """The recipe's prompts, always with the same seeds. Warns when the pictures hold suspiciously few codes."""
-        prompts = self.recipe.drawing.prompts
-        if not prompts:
+        if not self.recipe.drawing.prompts:
             return None
+        texts = [p for p in self.recipe.drawing.prompts for _ in range(SHEET_CANDIDATES)]
+        uniforms = candidate_uniforms(0, range(SHEET_CANDIDATES), model.shape.image_length)
+        codes, images = self._draw(model, texts, uniforms.repeat(len(texts) // SHEET_CANDIDATES, 1))
+        self._warn_of_collapse(codes)
+        labels = [text if i % SHEET_CANDIDATES == 0 else "" for i, text in enumerate(texts)]
+        return contact_sheet(images, labels, columns=2 * SHEET_CANDIDATES, scale=2)
+
+    def _draw(self, model: Any, texts: Sequence[str], uniforms: Tensor) -> tuple[Tensor, list[Image.Image]]:
+        """One picture a text, with the recipe's settings: its codes (len(texts), N), and itself."""
         drawing = self.recipe.drawing
         settings = Settings(
             temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p, guidance=drawing.guidance
         )
-        tokens = torch.from_numpy(self.text_tokenizer.encode(prompts, self.recipe.text_tokenizer.length))
-        rows = [p for p in range(len(prompts)) for _ in range(SHEET_CANDIDATES)]
-        uniforms = candidate_uniforms(0, range(SHEET_CANDIDATES), model.shape.image_length)
-        codes = draw_codes(model, tokens, rows, uniforms.repeat(len(prompts), 1), settings)
-        self._warn_of_collapse(codes)
+        different = list(dict.fromkeys(texts))  # a text is read once for all of its pictures
+        tokens = torch.from_numpy(self.text_tokenizer.encode(different, self.recipe.text_tokenizer.length))
+        codes = draw_codes(model, tokens, [different.index(t) for t in texts], uniforms, settings)
         device = next(self.image_tokenizer.parameters()).device
-        images = to_pil(self.image_tokenizer.decode(codes.to(device)).float())
-        labels = [prompts[r] if i % SHEET_CANDIDATES == 0 else "" for i, r in enumerate(rows)]
-        return contact_sheet(images, labels, columns=2 * SHEET_CANDIDATES, scale=2)
+        images = [self.image_tokenizer.decode(chunk.to(device)).float() for chunk in codes.split(64)]
+        return codes, [image for chunk in images for image in to_pil(chunk)]
 
     def _warn_of_collapse(self, codes: Tensor) -> None:
         drawn = float(np.median([len(c.unique()) for c in codes]))

@@ -75,6 +75,25 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoencoderTraining(FitConfig):
+    """A start for stage 1, see `armchair.image.autoencoder`."""
+
+    channels: int = 8  # numbers a position
+    noise: float = 0.4  # standard deviation of their noise; they have 1
+    sharpness: float = 4.0  # of the first logits: -sharpness * distance^2 / (2 noise^2)
+    images: int = 1024  # pictures whose positions the codes are clusters of
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("channels", "images"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("noise", "sharpness"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageTokenizerTraining(FitConfig):
     """Stage 1. Temperature and KL weight follow cosines (paper, appendix A.2)."""
 
@@ -84,8 +103,6 @@ class ImageTokenizerTraining(FitConfig):
     kl_start: float = 0.0
     kl_weight: float = 6.6
     kl_steps: int = 5_000
-    data_init: bool = False  # start the codes from the data, see DVAE.initialise_codes
-    decoder_first: int = 0  # updates in which only the decoder learns, so that data_init's codes are not lost
     weight_decay: float = 1e-4
     # The codes are checked before stage 2 starts; below these the run stops.
     min_psnr: float = 15.0
@@ -102,6 +119,7 @@ class PriorTraining(FitConfig):
     beta2: float = 0.96
     weight_decay: float = 4.5e-2
     clip: float = 4.0
+    accuracy_prompts: int = 0  # prompts of the shapes world, of each kind, drawn and read at each validation
     collapse_codes: int = 8  # warn where sampled pictures hold fewer distinct codes (and real ones do not)
 
 
@@ -127,6 +145,7 @@ class Recipe:
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: DVAEConfig = field(default_factory=DVAEConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    autoencoder_training: AutoencoderTraining | None = None  # none: the dVAE starts at random, as in the paper
     image_tokenizer_training: ImageTokenizerTraining
     prior_training: PriorTraining
     drawing: DrawingConfig = field(default_factory=DrawingConfig)

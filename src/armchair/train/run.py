@@ -3,6 +3,7 @@
     RUN/recipe.json            the recipe as it was resolved, written before step 1
         log.jsonl  sheets/  tensorboard/
         text_tokenizer.json
+        autoencoder/           checkpoints of stage 1's start, where the recipe has one
         image_tokenizer/       checkpoints of stage 1
         codes/                 token caches of stage 2
         prior/                 checkpoints of stage 2
@@ -30,13 +31,21 @@ from armchair.data.loader import split
 from armchair.data.sources import Source, open_source
 from armchair.data.token_cache import TokenCache, build_cache, open_cache
 from armchair.errors import RequestError, WorkError
+from armchair.image.autoencoder import Autoencoder
 from armchair.image.dvae import DVAE
 from armchair.image.pixels import BrokenSample
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior
 from armchair.runtime import autocast, generator, stream_seed
 from armchair.text.bpe import TextTokenizer
-from armchair.train.image_tokenizer import ImageTokenizerStage, check_codes, code_figures, fixed_images
+from armchair.train.checkpoint import checkpoints
+from armchair.train.image_tokenizer import (
+    AutoencoderStage,
+    ImageTokenizerStage,
+    check_codes,
+    code_figures,
+    fixed_images,
+)
 from armchair.train.loop import Stage, fit
 from armchair.train.prior import PriorStage
 from armchair.train.recipe import FitConfig, Recipe
@@ -46,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("text-tokenizer", "image-tokenizer", "prior")
 VALIDATION_IMAGES = 512
-INIT_IMAGES = 128  # what the codes start from, where a recipe asks for it
 
 
 class Run:
@@ -90,14 +98,32 @@ class Run:
         model = _initialised(lambda: DVAE(self.recipe.image_tokenizer), self.recipe.seed, "image_tokenizer")
         if self.init is not None:
             _load(model, self.init, "image_tokenizer")
-        elif self.recipe.image_tokenizer_training.data_init:
-            sample = fixed_images(self.train_source, INIT_IMAGES, self.recipe.data.resolution)
-            model.initialise_codes(sample, generator(self.recipe.seed, "initialise codes"))
         validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution)
+        if self.init is None and not checkpoints(self.folder / ImageTokenizerStage.name):
+            model = self._with_start(model, validation)
         stage = ImageTokenizerStage(self.recipe, model, self.train_source, validation)
         average = self._fit(stage, self.recipe.image_tokenizer_training)
         assert isinstance(average, DVAE)
         return average
+
+    def _with_start(self, model: DVAE, validation: Tensor) -> DVAE:
+        """The dVAE as its first update finds it: after its start as an autoencoder, where the recipe asks for one."""
+        if (config := self.recipe.autoencoder_training) is None:
+            return model
+        recipe = self.recipe
+        autoencoder = _initialised(
+            lambda: Autoencoder(model, config.channels, config.noise), recipe.seed, "autoencoder"
+        )
+        average = self._fit(AutoencoderStage(recipe, config, autoencoder, self.train_source, validation), config)
+        assert isinstance(average, Autoencoder)
+        sample = fixed_images(self.train_source, config.images, recipe.data.resolution).to(self.device)
+        found = average.quantise(sample, generator(recipe.seed, "quantise"), config.sharpness)
+        figures = code_figures(average.dvae, validation.to(self.device))
+        self.report.message(
+            f"autoencoder: {model.codebook_size} clusters become the codes (error {found.error:.3f}, noise "
+            f"{found.noise:.3f}): {figures.psnr:.2f} dB, {figures.usage:.0%} used"
+        )
+        return average.dvae.requires_grad_(True)
 
     def prior(self) -> Prior:
         text_tokenizer, image_tokenizer = self.text_tokenizer(), self.image_tokenizer()
@@ -185,7 +211,7 @@ class Run:
         steps = {"image_tokenizer": recipe.image_tokenizer_training.steps, "prior": recipe.prior_training.steps}
         for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
-            if event["event"] == "validation" and event["step"] <= steps[event["stage"]]:
+            if event["event"] == "validation" and event["step"] <= steps.get(event["stage"], 0):
                 skip = ("time", "event", "stage")
                 found[event["stage"]] = {k: v for k, v in event.items() if k not in skip}
         for figures in found.values():

@@ -1,0 +1,117 @@
+"""A start for the dVAE: the same encoder and decoder, talking through a few noisy numbers instead of codes.
+
+A dVAE that starts at random has to learn three things at once: what to say about a patch, how to draw from what
+was said, and which of K codes says it; with a small budget most codes are never told apart. Here the first two
+are learned without codes. A position's features go through C numbers, whitened and with Gaussian noise added,
+which bounds what they carry to C / 2 * ln(1 + 1 / noise^2) nats as K codes bound it to ln K. Under noise, what is
+said gathers in clusters; `quantise` finds K of them with k-means, and they become the codes of a dVAE that draws
+nearly as well from its first update on. (A codebook that starts from k-means: Lancucki et al., "Robust Training of
+Vector Quantized Bottleneck Models", 2020.)
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armchair.errors import RequestError
+from armchair.image.dvae import DVAE, unmap_pixels
+
+WHITE_EPS = 1e-5
+KMEANS_POINTS = 60_000
+KMEANS_ROUNDS = 8
+
+
+class Quantised(NamedTuple):
+    """What k-means found."""
+
+    error: float  # mean squared distance of a point to its centre, summed over the channels
+    noise: float  # mean squared length of the noise that the decoder is used to
+
+
+class Autoencoder(nn.Module):
+    """`dvae` without its codes. Only the encoder, the decoder and the two maps between them are trained here.
+
+    channels: numbers a position; noise: standard deviation of the noise, where the numbers have 1.
+    """
+
+    def __init__(self, dvae: DVAE, channels: int, noise: float):
+        super().__init__()
+        self.noise = noise
+        self.dvae = dvae
+        for p in (dvae.codebook, *dvae.to_logits.parameters()):
+            p.requires_grad_(False)
+        self.down = nn.Linear(dvae.n_features, channels, bias=False)
+        self.up = nn.Linear(channels, dvae.config.n_init)
+
+    def numbers(self, images: Tensor) -> Tensor:
+        """images: (B, 3, R, R) in [0, 1] -> (B, S, S, C) float32; a channel has mean 0 and variance 1 in the batch."""
+        z = self.down(self.dvae.features(images)).float()
+        return F.batch_norm(z.flatten(0, 2), None, None, training=True, eps=WHITE_EPS).view_as(z)
+
+    def loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """-log likelihood per pixel-channel, in nats, through the noisy channel."""
+        z = self.numbers(images)
+        noise = torch.empty_like(z).normal_(generator=generator)
+        return self.dvae.reconstruction_loss(images, self.up(z + self.noise * noise))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """The round trip without noise, (B, 3, R, R) float in [0, 1]."""
+        mu, _ = self.dvae.density(self.up(self.numbers(images)))
+        return unmap_pixels(torch.sigmoid(mu))
+
+    @torch.no_grad()
+    def quantise(self, images: Tensor, generator: torch.Generator, sharpness: float = 4.0) -> Quantised:
+        """Give the dVAE its codes: clusters of the numbers of `images`, (B, 3, R, R).
+
+        Code k stands for centre c_k: its embedding is what the decoder was used to get for c_k, and its logit is
+        -sharpness * |z - c_k|^2 / (2 noise^2) up to a constant, which is linear in the features.
+        """
+        dvae = self.dvae
+        raw = torch.cat([self.down(dvae.features(chunk)).float() for chunk in images.split(64)]).flatten(0, 2)
+        mean, std = raw.mean(0), (raw.var(0, correction=0) + WHITE_EPS).sqrt()
+        centres, error = kmeans((raw - mean) / std, dvae.codebook_size, generator)
+        scale = sharpness / self.noise**2
+        weight = scale * (centres / std) @ self.down.weight
+        bias = -scale * (centres / std) @ mean - scale / 2 * centres.square().sum(-1)
+        dvae.to_logits.weight.copy_(weight[:, :, None, None])
+        dvae.to_logits.bias.copy_(bias)  # type: ignore[union-attr]
+        dvae.codebook.copy_(self.up(centres))
+        return Quantised(error, centres.shape[1] * self.noise**2)
+
+
+def kmeans(points: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """(M, C) -> k centres (k, C) and the mean squared distance of the points to them.
+
+    Starts with k-means++ (Arthur and Vassilvitskii, 2007), then Lloyd's rounds; a centre that loses all of its points
+    stays where it is. Where there are fewer distinct points than k, some centres coincide.
+    """
+    if len(points) == 0:
+        raise RequestError("k-means needs at least one point")
+    order = torch.randperm(len(points), generator=generator).to(points.device)
+    points = points[order[:KMEANS_POINTS]]
+    centres = points[:1].repeat(k, 1)
+    distance = (points - centres[0]).square().sum(-1)
+    for i in range(1, k):
+        u = torch.rand((), generator=generator, dtype=torch.float64).to(points.device)
+        cdf = distance.double().cumsum(0)
+        centres[i] = points[torch.searchsorted(cdf, u * cdf[-1]).clamp(max=len(points) - 1)]
+        torch.minimum(distance, (points - centres[i]).square().sum(-1), out=distance)
+    for _ in range(KMEANS_ROUNDS):
+        nearest, _ = _assign(points, centres)
+        count = torch.bincount(nearest, minlength=k)
+        total = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where((count > 0)[:, None], total / count.clamp_min(1)[:, None], centres)
+    return centres, float(_assign(points, centres)[1].mean())
+
+
+def _assign(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centre of each point, and the squared distance to it."""
+    half = centres.square().sum(-1) / 2
+    index, best = [], []
+    for chunk in points.split(4096):  # (4096, k) distances stay in the cache
+        value, where = (half - chunk @ centres.T).min(-1)
+        index.append(where)
+        best.append((2 * value + chunk.square().sum(-1)).clamp_min(0))
+    return torch.cat(index), torch.cat(best)

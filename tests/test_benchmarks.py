@@ -1,0 +1,39 @@
+"""What the benchmarks compute beside what the package does."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_curve_counts_work_and_not_pauses(tmp_path):
+    def validation(time: float, step: int, share: float) -> dict:
+        return {"event": "validation", "time": time, "stage": "prior", "step": step, "accuracy_1": share}
+
+    events = [
+        {"event": "begin", "time": 1000},
+        {"event": "validation", "time": 1060, "stage": "image_tokenizer", "step": 900, "psnr": 20.0},
+        validation(1120, 100, 0.25),
+        validation(1180, 200, 0.5),  # and here the run was killed, after a checkpoint at step 150
+        {"event": "begin", "time": 9000},
+        validation(9030, 200, 0.5),
+        validation(9120, 300, 0.75),
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(e) + "\n" for e in events))
+    points = benchmark("shapes_curve").curve(log)
+    assert [p["step"] for p in points] == [100, 200, 300]
+    assert [p["minutes"] for p in points] == pytest.approx([2.0, 3.5, 5.0])
+    assert [p["accuracy_1"] for p in points] == [0.25, 0.5, 0.75]
