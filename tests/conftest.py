@@ -38,6 +38,7 @@ def tiny_recipe_dict() -> dict[str, Any]:
             "attention": ["row", "column", "convolutional", "full"],
             "last_attention": None,
         },
+        "autoencoder_training": {**fit, "steps": 2, "images": 8},
         "image_tokenizer_training": {
             **fit,
             "steps": 2,

@@ -97,6 +97,14 @@ def names_by_group(model: nn.Module) -> tuple[list[dict], list[set[str]]]:
     return groups, [{names[id(p)] for p in g["params"]} for g in groups]
 
 
+def test_the_encoder_of_a_dvae_has_a_step_size_of_its_own():
+    model = tiny.dvae()
+    scales = {id(p): g["lr_scale"] for g in parameter_groups(model, 0.1, 0.25) for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert scales.pop(id(p)) == (0.25 if name.startswith(("encoder", "to_logits")) else 1.0), name
+    assert not scales
+
+
 @pytest.mark.parametrize("width", [16, 64])
 def test_weight_decay_and_width_apply_to_the_priors_matrices_only(width):
     model = tiny.prior(tiny.shape(), "row", "full", width=width)

@@ -6,29 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armchair.image.dvae import DVAE
 from armchair.prior.transformer import BASE_WIDTH, Prior
 from armchair.train.recipe import FitConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, encoder_scale: float = 1.0) -> list[dict[str, Any]]:
     """Groups for AdamW: weight decay on matrices only, never on gains, biases or embeddings (paper, section 2.4).
 
     A prior's hidden matrices carry `lr_scale` 256 / D, so that one step size serves every width (see the table
-    in `armchair.prior.transformer`).
+    in `armchair.prior.transformer`). The encoder of a dVAE, its logits included, carries `encoder_scale`.
     """
-    width_scale = BASE_WIDTH / model.config.d_model if isinstance(model, Prior) else 1.0
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    matrix_scale = BASE_WIDTH / model.config.d_model if isinstance(model, Prior) else 1.0
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(weight_decay, matrix_scale): [], (0.0, 1.0): []}
     for name, p in model.named_parameters():
         if isinstance(model, Prior):
             hidden = model.is_hidden_matrix(name)
         else:
             hidden = p.ndim >= 2 and not name.endswith("codebook")
-        (matrices if hidden else others).append(p)
-    return [
-        {"params": matrices, "weight_decay": weight_decay, "lr_scale": width_scale},
-        {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+        scale = matrix_scale if hidden else 1.0
+        if isinstance(model, DVAE) and name.startswith(("encoder.", "to_logits.")):
+            scale *= encoder_scale
+        groups.setdefault((weight_decay if hidden else 0.0, scale), []).append(p)
+    return [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:

@@ -103,10 +103,16 @@ class ImageTokenizerTraining(FitConfig):
     kl_start: float = 0.0
     kl_weight: float = 6.6
     kl_steps: int = 5_000
+    encoder_scale: float = 1.0  # step size of the encoder, as a share of the others'
     weight_decay: float = 1e-4
     # The codes are checked before stage 2 starts; below these the run stops.
     min_psnr: float = 15.0
     min_usage: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.encoder_scale >= 0:
+            raise RequestError(f"encoder_scale: expected 0 or more, got {self.encoder_scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
