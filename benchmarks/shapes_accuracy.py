@@ -12,10 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 
-from armchair.image.pixels import stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.sample.generate import candidate_uniforms, draw_codes
 from armchair.sample.next_token import Settings
@@ -47,15 +46,12 @@ def measure(model: str, count: int, seed: int, overrides: dict, sheet: Path | No
         tokens = torch.from_numpy(artist.text_tokenizer.encode([p.text for p in wanted], length))
         uniforms = candidate_uniforms(seed, range(count), artist.prior.shape.image_length)
         codes = draw_codes(artist.prior, tokens, range(count), uniforms, settings)
-        with torch.inference_mode():
-            images = [im for chunk in codes.split(64) for im in to_pil(artist.image_tokenizer.decode(chunk).float())]
-        verdicts = [judge(p, np.asarray(im)) for p, im in zip(wanted, images, strict=True)]
+        images = artist.decode(codes.numpy())
+        verdicts = [judge(p, image) for p, image in zip(wanted, images, strict=True)]
         accuracy = Accuracy.of(verdicts)
-        scenes = stack([render(scene(i, seed=seed, split=split, objects=objects)) for i in range(count)])
-        with torch.inference_mode():
-            again = [artist.image_tokenizer.decode(artist.image_tokenizer.encode(c)).float() for c in scenes.split(64)]
-        returned = [image for chunk in again for image in to_pil(chunk)]
-        bound = Accuracy.of(judge(p, np.asarray(im)) for p, im in zip(wanted, returned, strict=True)).whole
+        scenes = [render(scene(i, seed=seed, split=split, objects=objects)) for i in range(count)]
+        returned = artist.decode(artist.encode([Image.fromarray(s) for s in scenes]))
+        bound = Accuracy.of(judge(p, image) for p, image in zip(wanted, returned, strict=True)).whole
         results["suites"][f"{split}/{objects}"] = {
             "prompts": count,
             "whole": accuracy.whole,

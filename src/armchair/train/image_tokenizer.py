@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from armchair.data.loader import batches
 from armchair.data.sources import Source
@@ -18,7 +18,7 @@ from armchair.image.pixels import square, stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.runtime import generator, stream_seed
 from armchair.train.optim import cosine
-from armchair.train.recipe import AutoencoderTraining, ImageTokenizerTraining, Recipe
+from armchair.train.recipe import AutoencoderTraining, FitConfig, ImageTokenizerTraining, Recipe
 
 
 class CodeFigures(NamedTuple):
@@ -48,14 +48,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
-class ImageTokenizerStage:
-    """What `armchair.train.loop.fit` needs to train a dVAE."""
+class ImageStage:
+    """What the stages that learn from pictures alone share: their batches."""
 
-    name = "image_tokenizer"
+    name: str
+    model: nn.Module
 
-    def __init__(self, recipe: Recipe, model: DVAE, source: Source, validation: Tensor):
-        self.recipe, self.model, self.source = recipe, model, source
-        self.config: ImageTokenizerTraining = recipe.image_tokenizer_training
+    def __init__(self, recipe: Recipe, config: FitConfig, source: Source, validation: Tensor, order_seed: int):
+        self.recipe, self.config, self.source, self.order_seed = recipe, config, source, order_seed
         self.validation = validation  # (B, 3, R, R)
 
     def batches(self, start_step: int) -> Generator[Any, None, None]:
@@ -63,13 +63,25 @@ class ImageTokenizerStage:
             self.source,
             self.recipe.data,
             batch_size=self.config.batch_size,
-            seed=self.recipe.seed,
+            seed=self.order_seed,
             start_step=start_step,
         )
 
     def parts(self, batch: Any, count: int) -> list[Any]:
         device = next(self.model.parameters()).device
         return [images.to(device) for images in batch[0].chunk(count)]
+
+
+class ImageTokenizerStage(ImageStage):
+    """What `armchair.train.loop.fit` needs to train a dVAE."""
+
+    name = "image_tokenizer"
+    config: ImageTokenizerTraining
+    model: DVAE
+
+    def __init__(self, recipe: Recipe, model: DVAE, source: Source, validation: Tensor):
+        super().__init__(recipe, recipe.image_tokenizer_training, source, validation, recipe.seed)
+        self.model = model
 
     def tau(self, step: int) -> float:
         return cosine(step, self.config.tau_steps, self.config.tau_start, self.config.tau_end)
@@ -119,29 +131,18 @@ class ImageTokenizerStage:
         return round_trips(images, model.decode(model.encode(images)))
 
 
-class AutoencoderStage:
+class AutoencoderStage(ImageStage):
     """What `armchair.train.loop.fit` needs for the start of a dVAE."""
 
     name = "autoencoder"
+    model: Autoencoder
 
     def __init__(
         self, recipe: Recipe, config: AutoencoderTraining, model: Autoencoder, source: Source, validation: Tensor
     ):
-        self.recipe, self.config, self.model, self.source = recipe, config, model, source
-        self.validation = validation  # (B, 3, R, R)
-
-    def batches(self, start_step: int) -> Generator[Any, None, None]:
-        return batches(
-            self.source,
-            self.recipe.data,
-            batch_size=self.config.batch_size,
-            seed=stream_seed(self.recipe.seed, self.name),  # another order than stage 1 goes through
-            start_step=start_step,
-        )
-
-    def parts(self, batch: Any, count: int) -> list[Any]:
-        device = next(self.model.parameters()).device
-        return [images.to(device) for images in batch[0].chunk(count)]
+        # Another order than the dVAE goes through afterwards.
+        super().__init__(recipe, config, source, validation, stream_seed(recipe.seed, self.name))
+        self.model = model
 
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
