@@ -46,10 +46,15 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The autocast context of a run. `precision`: `fp32`, `bf16`, or `auto` (bf16 where it is native)."""
+def compute_type(device: torch.device, precision: str) -> torch.dtype:
+    """What matrix products are computed in. `precision`: `fp32`, `bf16`, or `auto` (bf16 where it is native)."""
     if precision == "auto":
         precision = "bf16" if has_fast_bfloat16(device) else "fp32"
-    if precision == "fp32":
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of a run; `precision` as for `compute_type`."""
+    if compute_type(device, precision) == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

@@ -12,6 +12,7 @@ from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS
 from armchair.prior.sequence import StreamShape, null_text, stream_loss, text_input_ids
 from armchair.prior.transformer import Prior, PriorConfig
+from armchair.train.muon import MuonAdamW
 from armchair.train.optim import parameter_groups
 
 layers = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3)
@@ -231,13 +232,13 @@ def test_a_batch_can_be_learnt_by_heart():
         assert torch.equal(model(text, codes)[1].argmax(-1), codes)
 
 
-def change_after_steps(width: int, scaled: bool) -> dict[str, float]:
+def change_after_steps(width: int, scaled: bool, matrix_scale: float | None = None) -> dict[str, float]:
     """Root mean square change of the logits and of the stream before the heads, after a few updates."""
     stream = tiny.shape(vocab=40, codebook=40)
     model = tiny.prior(stream, "full", "full", width=width, blank=True)
     text, codes = tiny.texts(16, stream), tiny.codes(16, stream)
-    groups = parameter_groups(model, 0.0)
-    optimizer = torch.optim.AdamW([{**g, "lr": 2e-3 * (g["lr_scale"] if scaled else 1)} for g in groups])
+    groups = parameter_groups(model, 0.0, matrix_scale=matrix_scale)
+    optimizer = MuonAdamW([{**g, "lr": 2e-3 * (g["lr_scale"] if scaled else 1)} for g in groups])
     streams = []
     model.norm.register_forward_hook(lambda module, inputs, output: streams.append(inputs[0].detach()))
     first = model(text, codes)[1].detach()
@@ -252,8 +253,9 @@ def change_after_steps(width: int, scaled: bool) -> dict[str, float]:
     }
 
 
-def test_one_step_size_serves_every_width():
-    scaled = [change_after_steps(width, True) for width in (64, 128, 256)]
+@pytest.mark.parametrize("matrix_scale", [None, 10.0])
+def test_one_step_size_serves_every_width(matrix_scale):
+    scaled = [change_after_steps(width, True, matrix_scale) for width in (64, 128, 256)]
     for what in ("logits", "activations"):
         changes = [s[what] for s in scaled]
         assert max(changes) < 2 * min(changes)

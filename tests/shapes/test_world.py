@@ -55,8 +55,8 @@ def test_a_scene_is_the_same_every_time(index, split):
 
 
 def test_scenes_do_not_drift_between_versions():
-    diamond = Object("diamond", "green", "medium", "striped", 24, 16)
-    crescent = Object("crescent", "brown", "small", "dotted", 12, 40)
+    diamond = Object("diamond", "green", "medium", "striped", 12, 12)
+    crescent = Object("crescent", "brown", "small", "dotted", 24, 32)
     assert scene(0) == Scene("grey", (diamond, crescent), ("above",))
 
 
@@ -65,7 +65,7 @@ def test_objects_are_apart_or_nested_and_related_as_said(s):
     assert s.ground in GROUNDS and len(s.relations) == len(s.objects) - 1
     for o in s.objects:
         assert o.form in FORMS and o.colour in COLOURS and o.fill in FILLS
-        assert o.x % 4 == 0 and o.y % 4 == 0
+        assert {o.x % 8, o.y % 8} == {4 if o.size == "medium" else 0}
         assert RADII[o.size] <= min(o.x, o.y) and max(o.x, o.y) <= 64 - RADII[o.size]
     assert len({(o.form, o.colour) for o in s.objects}) == len(s.objects)
     for relation, a, b in zip(s.relations, s.objects, s.objects[1:], strict=False):
@@ -75,7 +75,7 @@ def test_objects_are_apart_or_nested_and_related_as_said(s):
     for i, a in enumerate(s.objects):
         for b in s.objects[i + 1 :]:
             apart = max(abs(a.x - b.x), abs(a.y - b.y)) >= RADII[a.size] + RADII[b.size] + GAP
-            assert apart or (relation_of(a, b) == "inside" and b.fill in ("solid", "outlined"))
+            assert apart or (relation_of(a, b) == "inside" and b.fill == "outlined")
 
 
 @given(indices, st.sampled_from(["train", "val"]))
@@ -121,7 +121,7 @@ def test_train_shows_every_name_often_and_val_is_not_train():
         (RELATIONS, [r for s in scenes for r in s.relations]),
     ):
         assert min(seen.count(name) for name in names) > 0.5 * len(seen) / len(names)
-    two = {s for s in scenes if len(s.objects) == 2}
+    two = {s for s in scenes if len(s.objects) == 2 and s.relations != ("inside",)}  # few enough to meet by chance
     assert not two & {scene(i, split="val", objects=2) for i in range(2000)}
 
 

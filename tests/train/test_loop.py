@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 import json
 from pathlib import Path
@@ -9,15 +10,15 @@ import torch
 from torch import nn
 
 import tiny
-from armchair.data.sources import DataConfig
+from armchair.data.sources import DataConfig, open_source
 from armchair.errors import WorkError
-from armchair.image.dvae import DVAEConfig
+from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.pixels import stack
 from armchair.prior.transformer import PriorConfig
 from armchair.shapes.world import render, scene
 from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints
-from armchair.train.image_tokenizer import CodeFigures, check_codes, code_figures
+from armchair.train.image_tokenizer import CodeFigures, ImageTokenizerStage, check_codes, code_figures, fixed_images
 from armchair.train.loop import Interrupted, fit
 from armchair.train.optim import step_size
 from armchair.train.prior import PriorStage
@@ -176,6 +177,34 @@ def test_a_batch_in_parts_is_the_batch(tmp_path, count):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     losses = [[s["loss"] for s in events(tmp_path / run, "step")] for run in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def dvae_after_training(folder: Path, encoder_scale: float) -> tuple[DVAE, DVAE]:
+    """A dVAE as it was, and after three updates on shapes."""
+    data = DataConfig(train=("shapes:train,length=16",), resolution=64)
+    training = ImageTokenizerTraining(
+        steps=3, batch_size=4, lr=1e-3, warmup=0, ema=0.0, encoder_scale=encoder_scale, weight_decay=0.1
+    )
+    model = tiny.dvae(resolution=64, patch=8)
+    recipe = Recipe(
+        name="tiny",
+        data=data,
+        image_tokenizer=model.config,
+        image_tokenizer_training=training,
+        prior_training=PriorTraining(steps=1, batch_size=1, lr=1),
+    )
+    start = copy.deepcopy(model)
+    source = open_source(data.train, data)
+    train(folder, ImageTokenizerStage(recipe, model, source, fixed_images(source, 4, 64)), training)
+    return start, model
+
+
+@pytest.mark.parametrize("encoder_scale", [0.0, 1.0])
+def test_an_encoder_of_scale_0_keeps_every_bit(tmp_path, encoder_scale):
+    start, model = dvae_after_training(tmp_path, encoder_scale)
+    for (name, before), after in zip(start.named_parameters(), model.parameters(), strict=True):
+        learns = encoder_scale > 0 or not name.startswith(("encoder.", "to_logits."))
+        assert torch.equal(before, after) != learns, name
 
 
 class Codes:

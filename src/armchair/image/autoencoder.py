@@ -19,7 +19,7 @@ from armchair.errors import RequestError
 from armchair.image.dvae import DVAE, unmap_pixels
 
 WHITE_EPS = 1e-5
-KMEANS_POINTS = 60_000
+KMEANS_POINTS = 250_000
 KMEANS_ROUNDS = 8
 
 

@@ -1,8 +1,8 @@
 """Scenes of one to three flat shapes on a plain ground, and their pictures.
 
-The canonical picture is 64x64 pixels.  Object centres lie on a 4-pixel lattice; stripes are 4 pixels apart
-and dots sit on every other lattice point.  This is deliberate: cut into 4x4 patches, a shape gives the same
-patches wherever it stands.
+The canonical picture is 64x64 pixels.  Object centres lie 8 pixels apart, those of medium objects half a step off
+the others'; stripes are 4 pixels apart and dots sit 4 pixels off each other, in a chequer.  This is deliberate: cut
+into 8x8 patches, a shape gives the same few patches wherever it stands, and seldom shares one with another.
 
 x runs right and y runs down, in canonical pixels; a centre (20, 32) is the corner shared by pixels 19 and 20
 in x and by pixels 31 and 32 in y.
@@ -24,25 +24,26 @@ from armchair.errors import RequestError
 
 T = TypeVar("T")
 
-WORLD_VERSION = "shapes-1"  # any change of a scene, a picture or a caption changes this
+WORLD_VERSION = "shapes-2"  # any change of a scene, a picture or a caption changes this
 CANVAS = 64  # px, side of the canonical picture
-LATTICE = 4  # px, spacing of centres and period of patterns
+LATTICE = 8  # px, spacing of centres
+PERIOD = 4  # px, period of stripes and dots
 GAP = 3  # px, least distance between the bounding boxes of two objects side by side
-CLEAR = 40  # least difference in luma (0..255) between an object and the solid one around it
+CLEAR = 3.25  # px, least distance between an object and the outline around it
 DOMINANCE = 8  # px, by which the distance along a relation exceeds the distance across it
 OUTLINE = 1.75  # px, width of an outline
 RIM = 1.0  # px, width of the edge kept around stripes and dots, so that the form stays readable
 DOT = 1.5  # px, radius of a dot
 
 COLOURS = {
-    "red": (210, 25, 45),
-    "orange": (245, 120, 0),
-    "yellow": (240, 190, 0),
-    "green": (20, 150, 60),
-    "blue": (30, 80, 220),
-    "purple": (130, 30, 170),
-    "pink": (250, 110, 190),
-    "brown": (110, 65, 30),
+    "red": (230, 0, 30),
+    "orange": (255, 115, 0),
+    "yellow": (250, 215, 0),
+    "green": (20, 150, 50),
+    "blue": (20, 70, 240),
+    "purple": (130, 20, 180),
+    "pink": (255, 110, 200),
+    "brown": (105, 60, 20),
 }
 GROUNDS = {
     "white": (255, 255, 255),
@@ -51,7 +52,7 @@ GROUNDS = {
     "sky": (190, 225, 250),
 }
 RADII = {"small": 7.0, "medium": 10.0, "large": 14.0}  # px, half the side of the bounding box
-CENTRES = {"small": range(12, 53, 4), "medium": range(16, 49, 4), "large": range(16, 49, 4)}  # px
+CENTRES = {"small": range(16, 49, 8), "medium": range(12, 53, 8), "large": range(16, 49, 8)}  # px
 FORMS = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "crescent")
 SIZES = tuple(RADII)
 FILLS = ("solid", "outlined", "striped", "dotted")
@@ -201,11 +202,11 @@ def alpha(form: str, size: str, fill: str, scale: int = 1) -> np.ndarray:
         inside &= ~_eroded(inside, OUTLINE * fine)
     elif fill in ("striped", "dotted"):
         rim = inside & ~_eroded(inside, RIM * fine)
-        i, j = np.round(x / LATTICE), np.round(y / LATTICE)
+        i, j = np.round(x / PERIOD), np.round(y / PERIOD)
         if fill == "striped":
-            inside &= (abs(y - j * LATTICE) >= 1.0) | rim
+            inside &= (abs(y - j * PERIOD) >= 1.0) | rim
         else:  # polka dots: every other lattice point
-            inside &= (np.hypot(x - i * LATTICE, y - j * LATTICE) >= DOT) | ((i + j) % 2 == 0) | rim
+            inside &= (np.hypot(x - i * PERIOD, y - j * PERIOD) >= DOT) | ((i + j) % 2 == 0) | rim
     cell = fine // scale
     cover = inside.reshape(2 * half * scale, cell, 2 * half * scale, cell).mean((1, 3))
     out = np.round(cover * 255).astype(np.int32)[:, :, None]
@@ -285,24 +286,14 @@ def _seats(size: str, relation: str, other: str) -> tuple[tuple[int, int], ...]:
     return tuple(at for at in _centres(size) if _beside(size, *at, relation, other))
 
 
-def _luma(colour: str) -> float:
-    red, green, blue = COLOURS[colour]
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
 @cache
-def hosts(inner: str, fill: str) -> tuple[str, ...]:
-    """Forms in which, large and filled so, a small concentric `inner` stays clear of the edge.
-
-    Clear: by 2 px within a solid form, by 3.25 px within an outline; patterned forms hold nothing.
-    """
-    if fill not in ("solid", "outlined"):
-        return ()
+def hosts(inner: str) -> tuple[str, ...]:
+    """Forms in which, large and outlined, a small concentric `inner` stays clear of the outline."""
     fine = 4
     at = (np.arange(28 * fine) + 0.5) / fine - 14
     x, y = at[None, :], at[:, None]
     guest = _silhouette(inner, x / RADII["small"], y / RADII["small"])
-    edge = 2 if fill == "solid" else 3.25 + OUTLINE
+    edge = CLEAR + OUTLINE
     rooms = {f: _eroded(_silhouette(f, x / RADII["large"], y / RADII["large"]), edge * fine) for f in FORMS}
     return tuple(form for form, room in rooms.items() if room[guest].all())
 
@@ -349,10 +340,9 @@ def _drawn(draw: _Draw, split: str, count: int) -> Scene | None:
         relations[0], forms[0] = draw.among(tuple(sorted(HELD_RELATION_FORM)))
     if relations and relations[0] == "inside":
         sizes[:2] = "small", "large"
-        fills[1] = draw.among(FILLS[:2])
-        forms[1] = draw.among(hosts(forms[0], fills[1]))
-        contrast = abs(_luma(colours[0]) - _luma(colours[1]))
-        if colours[0] == colours[1] or (fills[1] == "solid" and contrast < CLEAR):
+        fills[1] = "outlined"
+        forms[1] = draw.among(hosts(forms[0]))
+        if colours[0] == colours[1]:
             return None
     pairs = list(zip(forms, colours, strict=True))
     if len(set(pairs)) < count:

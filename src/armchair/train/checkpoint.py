@@ -2,7 +2,7 @@
 
     FOLDER/step_00000200/weights.safetensors    the weights
                          average.safetensors    their moving average
-                         optimizer.safetensors  AdamW's moments, by parameter name
+                         optimizer.safetensors  the optimiser's moments, by parameter name
                          state.json             step, schedule, digests of the files above
 """
 

@@ -82,6 +82,9 @@ class ImageTokenizerStage(ImageStage):
     def __init__(self, recipe: Recipe, model: DVAE, source: Source, validation: Tensor):
         super().__init__(recipe, recipe.image_tokenizer_training, source, validation, recipe.seed)
         self.model = model
+        if self.config.encoder_scale == 0:  # what does not learn needs no gradients, nor a share of their norm
+            model.encoder.requires_grad_(False)
+            model.to_logits.requires_grad_(False)
 
     def tau(self, step: int) -> float:
         return cosine(step, self.config.tau_steps, self.config.tau_start, self.config.tau_end)

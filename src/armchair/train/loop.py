@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from armchair.errors import WorkError
 from armchair.runtime import autocast
 from armchair.train.checkpoint import load_checkpoint, save_checkpoint
-from armchair.train.optim import Plateau, parameter_groups, step_size, update_ema
-from armchair.train.recipe import FitConfig, ImageTokenizerTraining
+from armchair.train.optim import Plateau, make_optimizer, step_size, update_ema
+from armchair.train.recipe import FitConfig
 from armchair.train.report import Report
 
 logger = logging.getLogger(__name__)
@@ -71,14 +71,7 @@ def fit(
     """
     model = stage.model.to(device).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    encoder_scale = config.encoder_scale if isinstance(config, ImageTokenizerTraining) else 1.0
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay, encoder_scale),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, config, device)
     plateau = Plateau(config.plateau_patience)
     start = load_checkpoint(folder, model, average, optimizer, plateau)
     if start >= config.steps:

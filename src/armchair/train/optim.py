@@ -1,34 +1,71 @@
 """Parameter groups, step-size schedules and the moving average of the weights."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from armchair.image.dvae import DVAE
 from armchair.prior.transformer import BASE_WIDTH, Prior
-from armchair.train.recipe import FitConfig
+from armchair.runtime import compute_type
+from armchair.train.muon import MuonAdamW
+from armchair.train.recipe import FitConfig, ImageTokenizerTraining
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, encoder_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for AdamW: weight decay on matrices only, never on gains, biases or embeddings (paper, section 2.4).
+def make_optimizer(model: nn.Module, config: FitConfig, device: torch.device) -> MuonAdamW:
+    """AdamW as the recipe says, with Muon on the matrices where it gives `matrix_lr`."""
+    return MuonAdamW(
+        parameter_groups(
+            model,
+            config.weight_decay,
+            config.encoder_scale if isinstance(config, ImageTokenizerTraining) else 1.0,
+            None if config.matrix_lr is None else config.matrix_lr / config.lr,
+        ),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+        product_type=compute_type(device, config.precision),
+    )
 
-    A prior's hidden matrices carry `lr_scale` 256 / D, so that one step size serves every width (see the table
-    in `armchair.prior.transformer`). The encoder of a dVAE, its logits included, carries `encoder_scale`.
+
+class _Kind(NamedTuple):
+    """What the members of a parameter group have in common."""
+
+    weight_decay: float
+    lr_scale: float  # step size, as a share of the recipe's
+    matrices: int = 0  # matrices a weight holds, for Muon; 0: AdamW
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, encoder_scale: float = 1.0, matrix_scale: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for `MuonAdamW`: weight decay on matrices only, never on gains, biases or embeddings (paper, section 2.4).
+
+    Under AdamW a prior's hidden matrices carry `lr_scale` 256 / D, so that one step size serves every width (see the
+    table in `armchair.prior.transformer`). The encoder of a dVAE, its logits included, carries `encoder_scale`.
+    With `matrix_scale`, Muon moves the matrices within the blocks and the convolutions, at that share of the step size.
     """
-    matrix_scale = BASE_WIDTH / model.config.d_model if isinstance(model, Prior) else 1.0
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {(weight_decay, matrix_scale): [], (0.0, 1.0): []}
+    groups: dict[_Kind, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        if isinstance(model, Prior):
-            hidden = model.is_hidden_matrix(name)
-        else:
-            hidden = p.ndim >= 2 and not name.endswith("codebook")
-        scale = matrix_scale if hidden else 1.0
-        if isinstance(model, DVAE) and name.startswith(("encoder.", "to_logits.")):
-            scale *= encoder_scale
-        groups.setdefault((weight_decay if hidden else 0.0, scale), []).append(p)
-    return [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
+        groups.setdefault(_kind(model, name, p, weight_decay, encoder_scale, matrix_scale), []).append(p)
+    return [{"params": groups[kind], **kind._asdict()} for kind in sorted(groups, reverse=True)]  # decayed first
+
+
+def _kind(
+    model: nn.Module, name: str, p: nn.Parameter, decay: float, encoder_scale: float, matrix_scale: float | None
+) -> _Kind:
+    if isinstance(model, Prior):
+        if not model.is_hidden_matrix(name):
+            return _Kind(0.0, 1.0)
+        if matrix_scale is not None and name.startswith("blocks."):
+            return _Kind(decay, matrix_scale, 3 if name.endswith("qkv.weight") else 1)
+        return _Kind(decay, BASE_WIDTH / model.config.d_model)
+    scale = encoder_scale if isinstance(model, DVAE) and name.startswith(("encoder.", "to_logits.")) else 1.0
+    if matrix_scale is not None and p.ndim == 4 and "to_logits" not in name:
+        return _Kind(decay, matrix_scale * scale, 1)
+    return _Kind(decay if p.ndim >= 2 and not name.endswith("codebook") else 0.0, scale)
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:

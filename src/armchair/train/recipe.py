@@ -43,6 +43,7 @@ class FitConfig:
     lr: float
     final_lr: float = 0.0  # where a cosine schedule ends
     warmup: int = 100
+    matrix_lr: float | None = None  # peak step size of Muon on the hidden matrices; none: AdamW on all, as in the paper
     schedule: str = "cosine"  # plateau: halved whenever the validation loss stops falling
     plateau_patience: int = 3  # validations without a new best before the step size is halved
     beta1: float = 0.9
@@ -70,6 +71,8 @@ class FitConfig:
         for name in ("lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise RequestError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if self.matrix_lr is not None and not (math.isfinite(self.matrix_lr) and self.matrix_lr > 0):
+            raise RequestError(f"matrix_lr: expected a number above 0, or null, got {self.matrix_lr}")
         if not 0 <= self.ema < 1:
             raise RequestError(f"ema: expected 0 or more and less than 1, got {self.ema}")
 
