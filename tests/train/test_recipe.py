@@ -5,6 +5,7 @@ import pytest
 from armchair.config import from_dict, to_dict
 from armchair.errors import RequestError
 from armchair.train.recipe import Recipe, read_recipe
+from train import train_tiny
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = """
@@ -123,3 +124,10 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     with pytest.raises(RequestError, match="cannot read the recipe .*latin.yaml"):
         read_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(("crop", "told"), [("square", True), ("random", False)])
+def test_views_that_are_all_the_same_are_told_of(tmp_path, caplog, crop, told):
+    recipe = {**train_tiny.RECIPE, "data": {**train_tiny.RECIPE["data"], "crop": crop}}
+    train_tiny.open_run(tmp_path / "run", recipe).report.close()
+    assert ("all views of a picture are the same" in caplog.text) == told

@@ -232,6 +232,11 @@ def start_run(
             raise RequestError(f"{folder} was begun with another recipe ({written}); resume it with that one")
     elif resume and folder.exists() and any(folder.iterdir()):
         raise RequestError(f"{folder} holds no run to resume (no recipe.json)")
+    if recipe.prior_training.views > 1 and recipe.data.crop == "square":
+        logger.warning(
+            "prior_training.views is %d, but with data.crop square all views of a picture are the same: set views to "
+            "1, or crop to random", recipe.prior_training.views,
+        )  # fmt: skip
     sources = _open_data(recipe)  # before anything is written: a wrong path leaves no run behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
