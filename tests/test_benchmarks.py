@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -37,3 +38,11 @@ def test_the_curve_counts_work_and_not_pauses(tmp_path):
     assert [p["step"] for p in points] == [100, 200, 300]
     assert [p["minutes"] for p in points] == pytest.approx([2.0, 3.5, 5.0])
     assert [p["accuracy_1"] for p in points] == [0.25, 0.5, 0.75]
+
+
+def test_patches_are_cut_and_known_as_said():
+    patches = benchmark("shapes_patches")
+    picture = np.arange(64 * 64 * 3).reshape(64, 64, 3)
+    cut = patches.cut(picture, 8)
+    assert cut.shape == (64, 192) and np.array_equal(cut[9].reshape(8, 8, 3), picture[8:16, 8:16])
+    assert 0 < patches.known(8) < patches.known(4) < 1

@@ -179,6 +179,37 @@ def test_a_batch_in_parts_is_the_batch(tmp_path, count):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_at_once_are_the_parts_one_by_one(tmp_path, count):
+    threads = torch.get_num_threads()
+    one_by_one = train(tmp_path / "one", config=fit_config(eps=1e-4, accumulate=4))
+    at_once = [
+        train(tmp_path / str(i), config=fit_config(eps=1e-4, accumulate=4, at_once=count)) for i in range(2)
+    ]
+    assert_same_weights(*at_once)
+    for a, b in zip(one_by_one.parameters(), at_once[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    losses = [[s["loss"] for s in events(tmp_path / run, "step")] for run in ("one", "0")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_priors_parts_at_once_are_the_batch(tmp_path):
+    results = []
+    for at_once in (1, 2):
+        stage = prior_stage(2, at_once=at_once)
+        results.append(train(tmp_path / str(at_once), stage, stage.config))
+    for a, b in zip(*(r.parameters() for r in results), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_error_in_a_part_stops_the_run(tmp_path):
+    stage = tiny.ToyStage()
+    stage.loss = lambda batch, step, part: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, stage, fit_config(accumulate=2, at_once=2))
+
+
 def dvae_after_training(folder: Path, encoder_scale: float) -> tuple[DVAE, DVAE]:
     """A dVAE as it was, and after three updates on shapes."""
     data = DataConfig(train=("shapes:train,length=16",), resolution=64)

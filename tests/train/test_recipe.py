@@ -82,6 +82,8 @@ def test_overrides_are_dotted_names(small):
         ({"autoencoder_training": {**FIT, "noise": 0.0}}, r"autoencoder_training: noise: expected a number above 0"),
         ({"autoencoder_training": {**FIT, "images": 0}}, r"autoencoder_training: images: expected at least 1, got 0"),
         ({"prior_training.accumulate": 3}, r"batch_size 8 is not a multiple of accumulate 3"),
+        ({"prior_training.accumulate": 4, "prior_training.at_once": 3}, r"accumulate 4 is not a multiple of at_once 3"),
+        ({"prior_training.matrix_lr": 0}, r"matrix_lr: expected a number above 0, or null, got 0"),
         ({"prior_training.ema": 1.0}, r"ema: expected 0 or more and less than 1"),
         ({"prior.attention": ["rows"]}, r"prior: unknown attention pattern 'rows'.*'row'"),
         ({"text_tokenizer.vocab_size": 100}, r"text_tokenizer: vocab_size: expected at least 256"),

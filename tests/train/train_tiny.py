@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
         "n_hid": 8, "n_init": 8, "codebook_size": 32,
     },
     "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"]},
-    "autoencoder_training": {**FIT, "images": 40, "matrix_lr": 0.01},
+    "autoencoder_training": {**FIT, "images": 40, "matrix_lr": 0.01, "at_once": 2},
     "image_tokenizer_training": {
         **FIT, "lr": 2e-6, "tau_steps": 100, "kl_weight": 0.1, "kl_steps": 50,
         "min_psnr": -99.0, "min_usage": 0.0,

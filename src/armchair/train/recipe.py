@@ -40,6 +40,7 @@ class FitConfig:
     steps: int
     batch_size: int
     accumulate: int = 1  # a batch is computed in this many parts
+    at_once: int = 1  # parts computed at the same time on a CPU, each with its share of the threads
     lr: float
     final_lr: float = 0.0  # where a cosine schedule ends
     warmup: int = 100
@@ -59,12 +60,14 @@ class FitConfig:
     save_every: int = 200
 
     def __post_init__(self) -> None:
-        whole = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "sheet_every", "save_every")
-        for name in whole:
+        every = ("log_every", "validate_every", "sheet_every", "save_every")
+        for name in ("steps", "batch_size", "accumulate", "at_once", *every):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise RequestError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.accumulate % self.at_once:
+            raise RequestError(f"accumulate {self.accumulate} is not a multiple of at_once {self.at_once}")
         for name, valid in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in valid:
                 raise RequestError(f"{name}: unknown {getattr(self, name)!r}: {nearest(getattr(self, name), valid)}")
