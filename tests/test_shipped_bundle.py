@@ -24,7 +24,7 @@ def test_sampled_drawings_do_not_collapse_to_few_codes(artist):
     assert np.median(counts) > 30 and min(counts) > 8
 
 
-@pytest.mark.xfail(reason="the emoji bundle is trained too little: 20 to 45 codes, median 29.5", strict=True)
+@pytest.mark.xfail(reason="the emoji bundle is trained too little: 8 (a house) to 47 codes, median 38.5", strict=True)
 def test_greedy_drawings_do_not_collapse_to_few_codes(artist):
     counts = [n for prompt in PROMPTS for n in distinct(artist.draw(prompt, candidates=1, temperature=0.0).codes)]
     assert np.median(counts) > 30 and min(counts) > 8
