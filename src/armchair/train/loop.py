@@ -122,7 +122,8 @@ def fit(
 class Workers:
     """Computes the parts of a batch, one after the other or, on a CPU, `at_once` at a time.
 
-    Two halves on a core each take less time than the whole on two, where the products are too small to be shared well.
+    Two halves on a core each can take less time than the whole on two: a prior whose products are too small to share
+    well gains, an autoencoder, whose halves are too small themselves, loses.
     Gradients are added in the order of the parts, so that the sums do not depend on who was first.
     """
 
@@ -138,7 +139,6 @@ class Workers:
         """Leave the gradients of the batch's mean loss in the parameters; the mean of what the parts log."""
         count = self.config.accumulate
         pieces = stage.parts(batch, count)
-        weights = [p for p in stage.model.parameters() if p.requires_grad]
 
         def forward(part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
             with autocast(self.device, self.config.precision):
@@ -156,6 +156,7 @@ class Workers:
 
         if self.pool is None:
             return _mean([alone(part) for part in range(count)])
+        weights = [p for p in stage.model.parameters() if p.requires_grad]
         told = []
         for gradients, figures in self.pool.map(beside_others, range(count)):
             told.append(figures)
