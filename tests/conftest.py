@@ -8,6 +8,7 @@ import torch
 import tiny
 from armchair.bundle import write_bundle
 from armchair.card import render_card
+from armchair.clip.model import TextShape
 from armchair.config import from_dict, to_dict
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior
@@ -37,6 +38,7 @@ def tiny_recipe_dict() -> dict[str, Any]:
             "n_head": 2,
             "attention": ["row", "column", "convolutional", "full"],
             "last_attention": None,
+            "code_features": 8,
         },
         "autoencoder_training": {**fit, "steps": 2, "images": 8},
         "image_tokenizer_training": {
@@ -50,9 +52,12 @@ def tiny_recipe_dict() -> dict[str, Any]:
     }
 
 
-def write_tiny_bundle(out: Path, seed: int = 0, **changes: Any) -> Path:
-    """A bundle of random weights at `out`; `changes` replace fields of its info."""
-    recipe = from_dict(Recipe, tiny_recipe_dict())
+def write_tiny_bundle(out: Path, seed: int = 0, *, ranked: bool = False, **changes: Any) -> Path:
+    """A bundle of random weights at `out`, with a ranker if `ranked`; `changes` replace fields of its info."""
+    fields = tiny_recipe_dict()
+    if ranked:
+        fields |= {"ranker": to_dict(tiny.clip_config()), "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
+    recipe = from_dict(Recipe, fields)
     text_tokenizer = TextTokenizer.train([p.text for p in prompts(50)], recipe.text_tokenizer.vocab_size)
     image_tokenizer = tiny.dvae(seed, **to_dict(recipe.image_tokenizer))
     shape = StreamShape(
@@ -63,7 +68,7 @@ def write_tiny_bundle(out: Path, seed: int = 0, **changes: Any) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        prior = Prior(recipe.prior, shape)
+        prior = Prior(recipe.prior, shape, image_tokenizer.code_vectors)
         tiny.randomise(prior)
     info: dict[str, Any] = {
         "name": recipe.name,
@@ -78,6 +83,9 @@ def write_tiny_bundle(out: Path, seed: int = 0, **changes: Any) -> Path:
         part: {k: v.half() for k, v in model.state_dict().items()}
         for part, model in (("image_tokenizer", image_tokenizer), ("prior", prior))
     }
+    if ranked:
+        texts = TextShape(length=shape.text_length + 1, vocab_size=shape.text_vocab_size + 1)
+        weights["ranker"] = {k: v.half() for k, v in tiny.clip(seed, shape=texts).state_dict().items()}
     write_bundle(
         out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
     )

@@ -13,7 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
+import tiny
 from armchair.cli import COMMANDS, main
+from armchair.config import to_dict
 from armchair.sample.png import read_record
 from armchair.train.report import Report
 from conftest import tiny_recipe_dict
@@ -118,7 +120,7 @@ def test_overview_and_help(run: Run) -> None:
         (["redraw", "a.png", "b.png"], ["unexpected 'b.png'"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml"]),
         (["train"], ["RECIPE"]),
-        (["train", "x.yaml", "--stage", "ranker"], ["invalid choice"]),
+        (["train", "x.yaml", "--stage", "rankr"], ["invalid choice"]),
         (["info", "nowhere"], ["'nowhere'"]),
     ],
 )
@@ -266,6 +268,30 @@ def test_train(run: Run, recipe: Path, pictures: Path) -> None:
     flags = ("--init", "run/bundle", "--out", "tuned", "--stage", "image-tokenizer")
     assert run("train", recipe, *flags).code == 0
     assert json.loads(Path("tuned/recipe.json").read_text())["prior"]["n_layer"] == 2
+
+
+def test_train_a_ranker_and_draw_with_it(run: Run, recipe: Path, pictures: Path) -> None:
+    assert_refused(run("train", recipe, "--out", "run", "--stage", "ranker"), "recipe tiny has no ranker")
+    fields = yaml.safe_load(recipe.read_text())
+    fields |= {"ranker": to_dict(tiny.clip_config()), "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
+    recipe.write_text(yaml.safe_dump(fields))
+    assert_refused(run("train", recipe, "--data", pictures, "--out", "ranked"), "two held-out pictures", "val_fraction")
+    result = run("train", recipe, "--data", pictures, "--out", "ranked", "--set", "data.val_fraction=0.3")
+    assert result.code == 0 and "ranker: done" in result.err
+
+    result = run("draw", PROMPT, "--model", "ranked/bundle", "-n", 5, "--keep", 3, "--json")
+    images = json.loads(result.out)["images"]
+    scores = [image["score"] for image in images]
+    assert len(images) == 3 and scores == sorted(scores, reverse=True)
+    assert f"scores {scores[0]:.3f} to {scores[-1]:.3f}" in result.err
+    card = run("info", "ranked/bundle").out
+    assert "| ranker | recall_1 |" in card
+
+    # Tuning keeps the ranker's sizes, and starts from its weights.
+    flags = ("--data", pictures, "--init", "ranked/bundle", "--out", "tuned", "--stage", "ranker")
+    sets = ("--set", "ranker.embed_dim=7", "--set", "data.val_fraction=0.3")
+    assert run("train", recipe, *flags, *sets).code == 0
+    assert json.loads(Path("tuned/recipe.json").read_text())["ranker"]["embed_dim"] == 12
 
 
 def test_train_stops_at_ctrl_c_and_resumes(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def tables() -> dict[str, dict[str, str]]:
     for line in (ROOT / "docs/recipes.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             section = line[3:]
-        elif row := re.match(r"\| `(\w+)` \| (.*?) \| .+ \|$", line):
+        elif row := re.match(r"\| `([\w.]+)` \| (.*?) \| .+ \|$", line):
             found.setdefault(section, {})[row[1]] = row[2]
     return found
 
@@ -108,7 +108,12 @@ def expected() -> dict[str, dict[str, str]]:
             found["recipe"][f.name] = "required" if f.default_factory is dataclasses.MISSING else "see below"
         if config is None:
             continue
-        own = {g.name: default_of(g) for g in dataclasses.fields(config)}
+        own = {}
+        for g in dataclasses.fields(config):
+            if dataclasses.is_dataclass(nested := typing.get_type_hints(config)[g.name]):
+                own |= {f"{g.name}.{h.name}": default_of(h) for h in dataclasses.fields(nested)}
+            else:
+                own[g.name] = default_of(g)
         if issubclass(typing.cast(type, config), FitConfig):
             own = {name: default for name, default in own.items() if fit.get(name) != default}
         found[f.name] = own

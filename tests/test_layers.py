@@ -17,7 +17,7 @@ MODULES = {
 }
 BASE = {"errors", "config", "runtime"}
 PIXELS = {"image.pixels", "image.sheet"}
-MODELS = BASE | {"text", "image", "prior"}
+MODELS = BASE | {"text", "image", "prior", "clip"}
 DRAWING = MODELS | {"shapes", "bundle", "card", "sample"}
 # What each part may import beside itself.
 MAY_IMPORT = {
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "text": BASE,
     "image": BASE,
     "prior": BASE,
+    "clip": BASE,
     "shapes": BASE,
     "data": BASE | PIXELS | {"shapes"},
     "bundle": BASE,

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from armchair.clip.model import CLIP, CLIPConfig, ImageTowerConfig, TextShape, TextTowerConfig
 from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior, PriorConfig
@@ -39,17 +40,53 @@ def shape(grid: int = 4, text_length: int = 5, vocab: int = 11, codebook: int = 
     return StreamShape(text_vocab_size=vocab, text_length=text_length, codebook_size=codebook, grid=grid)
 
 
-def prior(stream: StreamShape, *patterns: str, width: int = 16, seed: int = 0, blank: bool = False) -> Prior:
+def prior(
+    stream: StreamShape,
+    *patterns: str,
+    width: int = 16,
+    features: int = 0,
+    codebook: Tensor | None = None,
+    seed: int = 0,
+    blank: bool = False,
+) -> Prior:
     """A prior with one layer a pattern. Weights that start at zero are random too, unless `blank`."""
     config = PriorConfig(
-        d_model=width, n_layer=len(patterns), n_head=2, attention=patterns, last_attention=None
+        d_model=width,
+        n_layer=len(patterns),
+        n_head=2,
+        attention=patterns,
+        last_attention=None,
+        code_features=features,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Prior(config, stream).eval()
+        model = Prior(config, stream, code_vectors(stream) if codebook is None else codebook).eval()
         if not blank:
             randomise(model)
     return model
+
+
+def clip_config(resnet: bool = False, **changes: Any) -> CLIPConfig:
+    """A ranker of 16 x 16 pictures, or of 32 x 32 with a ResNet."""
+    vit = ImageTowerConfig(resolution=16, patch=4, width=16, layers=(2,), heads=2)
+    image = ImageTowerConfig(resolution=32, width=4, layers=(1, 2, 1, 1), heads=4) if resnet else vit
+    text = TextTowerConfig(width=16, layers=2, heads=2)
+    return CLIPConfig(**{"embed_dim": 12, "image": image, "text": text, **changes})
+
+
+def clip(seed: int = 0, resnet: bool = False, shape: TextShape | None = None, **changes: Any) -> CLIP:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIP(clip_config(resnet, **changes), shape or TextShape(length=6, vocab_size=20)).eval()
+        for p in model.parameters():  # zeros and ones too are random
+            if p.ndim == 1:
+                p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def code_vectors(stream: StreamShape, seed: int = 0) -> Tensor:
+    """(K, 3), an image tokenizer's vectors of its codes."""
+    return 5 + 2 * torch.randn(stream.codebook_size, 3, generator=seeded(seed))
 
 
 @torch.no_grad()

@@ -145,7 +145,10 @@ def _save(drawing: "Drawing", out: Path, args: argparse.Namespace, seconds: floa
     count = len(drawing.images)
     names = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
     pictures = "1 picture" if count == 1 else f"{count} pictures"
-    say(f"{pictures} of {drawing.prompt[:60]!r} in {seconds:.1f} s -> {names}")
+    scores = ""
+    if (best := drawing.scores[0]) is not None:
+        scores = f", score {best:.3f}" if count == 1 else f", scores {best:.3f} to {drawing.scores[-1]:.3f}"
+    say(f"{pictures} of {drawing.prompt[:60]!r} in {seconds:.1f} s{scores} -> {names}")
     return drawing.to_json(paths)
 
 
@@ -373,7 +376,7 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
         "-n", "--candidates", type=_whole(1, 4096), default=4, metavar="N", help="how many (default: 4)"
     )
     p.add_argument(
-        "--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all)"
+        "--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all, sorted)"
     )
     p.add_argument(
         "--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)"
@@ -432,7 +435,7 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME)")
     p.add_argument("--init", metavar="BUNDLE", help="start from the weights of this bundle")
-    stages = ("text-tokenizer", "image-tokenizer", "prior", "all")
+    stages = ("text-tokenizer", "image-tokenizer", "prior", "ranker", "all")
     p.add_argument(
         "--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)"
     )

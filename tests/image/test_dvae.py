@@ -176,6 +176,7 @@ def test_patch_and_groups_set_the_grid(patch, n_groups, resolution, grid):
         ("codebook_size", 1, "codebook_size"),
         ("n_hid", 6, "n_hid: expected a multiple of 4"),
         ("stem_kernel", 4, "stem_kernel: expected an odd"),
+        ("encoder_kernel", 2, "encoder_kernel: expected an odd"),
         ("n_blocks", 0, "n_blocks: expected at least 1"),
     ],
 )
@@ -265,3 +266,17 @@ def test_a_batch_can_be_learnt_by_heart(from_clusters):
     with torch.no_grad():
         after = model.hard_loss(images, model.encode(images)).item()
     assert after < before - 0.5
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_with_kernels_of_one_a_code_knows_its_own_patch_only(kernel):
+    model = tiny.dvae(resolution=16, patch=4, n_groups=1, stem_kernel=kernel, encoder_kernel=kernel)
+    before = torch.rand(1, 3, 16, 16, generator=tiny.seeded())
+    after = before.clone()
+    after[:, :, 4:8, 8:12] = 1 - before[:, :, 4:8, 8:12]
+    with torch.no_grad():
+        changed = (model.logits(before) != model.logits(after)).any(-1)[0]
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[1, 2] = True
+    assert torch.equal(changed, expected) == (kernel == 1)
+    assert changed[1, 2]

@@ -207,6 +207,7 @@ def test_the_default_has_twelve_billion_parameters():
     [
         ({"d_model": 10, "n_head": 4}, "d_model 10 is not a multiple of n_head 4"),
         ({"n_layer": 0}, "n_layer: expected at least 1, got 0"),
+        ({"code_features": -1}, "code_features: expected at least 0, got -1"),
         ({"attention": ()}, "attention: expected at least one pattern"),
         ({"attention": ("roww",)}, "roww.*'row'"),
         ({"last_attention": "ful"}, "ful.*'full'"),
@@ -261,3 +262,65 @@ def test_one_step_size_serves_every_width(matrix_scale):
         assert max(changes) < 2 * min(changes)
     plain = [change_after_steps(width, False)["logits"] for width in (64, 128, 256)]
     assert max(plain) > 2 * min(plain)
+
+
+def test_a_folded_model_is_the_same_model():
+    stream = tiny.shape()
+    model = tiny.prior(stream, "full", "row", features=7)
+    text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    folded = model.folded()
+    assert folded.config.code_features == 0 and folded.folded() is folded
+    assert not [name for name in folded.state_dict() if name.startswith("code_")]
+    with torch.no_grad():
+        for whole, plain in zip(model(text, codes), folded(text, codes), strict=True):
+            torch.testing.assert_close(plain, whole)
+        stepwise = cached_image_logits(folded, text, codes)
+        torch.testing.assert_close(stepwise, model(text, codes)[1], rtol=1e-4, atol=1e-4)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name]), name
+
+
+def test_the_vectors_of_codes_do_not_depend_on_the_codebooks_place_and_scale():
+    stream = tiny.shape()
+    book = tiny.code_vectors(stream)
+    images = []
+    for scaled in (book, 3 * book - 7):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Prior(tiny.prior(stream, "full", features=7).config, stream, scaled)
+        tiny.randomise(model) if not images else model.load_state_dict(images[0][0])
+        with torch.no_grad():
+            images.append((model.state_dict(), model(tiny.texts(1, stream), tiny.codes(1, stream))[1]))
+    assert float(images[0][1].std()) > 0.1
+    torch.testing.assert_close(images[1][1], images[0][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("codebook", [None, torch.zeros(5, 3)])
+def test_code_features_need_a_vector_for_each_code(codebook):
+    config = tiny.prior(tiny.shape(), "full", features=7).config
+    with pytest.raises(RequestError, match="code_features: the image tokenizer has no vector for each"):
+        Prior(config, tiny.shape(), codebook)
+
+
+def test_with_code_features_what_is_learned_of_a_code_holds_for_those_that_look_like_it():
+    """A caption asks for a colour and a form, a code is one of each, and one pair a colour is only seen unasked."""
+    stream = StreamShape(text_vocab_size=12, text_length=2, codebook_size=36, grid=2)
+    colour, form = torch.arange(36) // 6, torch.arange(36) % 6
+    book = torch.stack([colour, form], 1).float()
+    text, codes = torch.stack([colour, 6 + form], 1), torch.arange(36)[:, None].expand(36, 4)
+    kept = (colour + form) % 6 == 3
+    said, shown = torch.cat([text[~kept], null_text(36, stream)]), torch.cat([codes[~kept], codes])
+    unseen_loss = {}
+    for features in (0, 32):
+        model = tiny.prior(stream, "full", width=32, features=features, blank=True, codebook=book)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            stream_loss(*model(said, shown), said, shown).loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = model(text, codes)[1][:, 0]
+        assert (logits.argmax(-1) == codes[:, 0])[~kept].all()
+        unseen_loss[features] = float(F.cross_entropy(logits[kept], codes[kept, 0]))
+    assert unseen_loss[32] < 0.6 * unseen_loss[0]

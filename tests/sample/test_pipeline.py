@@ -349,6 +349,51 @@ def test_rank_needs_a_ranker(artist: Artist, photo: Image.Image) -> None:
         artist.rank([photo], PROMPT)
 
 
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Artist:
+    """An artist with a ranker, and the same weights otherwise as `artist`."""
+    return load_artist(write_tiny_bundle(tmp_path_factory.mktemp("ranked") / "tiny", ranked=True), "cpu")
+
+
+def test_with_a_ranker_the_best_of_all_candidates_come_first(artist: Artist, ranked: Artist) -> None:
+    plain, drawing = artist.draw(PROMPT, candidates=9), ranked.draw(PROMPT, candidates=9)
+    assert sorted(drawing.candidates) == plain.candidates and drawing.candidates != plain.candidates
+    assert drawing.scores == sorted(drawing.scores, reverse=True) and len(set(drawing.scores)) > 1
+    for i, c in enumerate(drawing.candidates):
+        assert (drawing.codes[i] == plain.codes[c]).all()
+        assert (pixels(drawing.images[i]) == pixels(plain.images[c])).all()
+        assert drawing.scores[i] == ranked.rank([plain.images[c]], PROMPT)[0]
+    kept = ranked.draw(PROMPT, candidates=9, keep=2)
+    assert kept.candidates == drawing.candidates[:2] and kept.scores == drawing.scores[:2]
+    assert ranked.draw(PROMPT, candidates=9, keep=0).candidates == drawing.candidates
+
+
+def test_completions_are_ranked_too(ranked: Artist, photo: Image.Image) -> None:
+    drawing = ranked.complete(photo, PROMPT, candidates=5, keep=3)
+    assert len(drawing.images) == len(drawing.candidates) == 3
+    assert drawing.scores == sorted(drawing.scores, reverse=True) == ranked.rank(drawing.images, PROMPT)
+
+
+def test_scores_are_cosines_and_depend_on_picture_and_prompt(ranked: Artist, photo: Image.Image) -> None:
+    other = Image.new("RGB", (16, 16), "red")
+    scores = ranked.rank([photo, other], PROMPT)
+    assert all(-1 <= s <= 1 for s in scores) and scores[0] != scores[1]
+    assert ranked.rank([other], PROMPT) == scores[1:]
+    assert ranked.rank([photo, other], "a green star") != scores
+    with pytest.raises(RequestError, match="images: expected at least one"):
+        ranked.rank([], PROMPT)
+
+
+def test_a_score_is_kept_in_the_png_and_found_again(ranked: Artist, tmp_path: Path) -> None:
+    drawing = ranked.draw(PROMPT, candidates=3, keep=1)
+    (path,) = drawing.save(tmp_path / "a.png")
+    assert read_record(path)["score"] == drawing.scores[0]
+    again = ranked.redraw(path)
+    assert again.scores == drawing.scores
+    (second,) = again.save(tmp_path / "b.png")
+    assert second.read_bytes() == path.read_bytes()
+
+
 def test_bundles_that_do_not_fit(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = read_bundle(tiny_bundle)
     weights = {part: bundle.weights(part) for part in bundle.parts}

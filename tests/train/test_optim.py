@@ -124,6 +124,21 @@ def test_weight_decay_and_width_apply_to_the_priors_matrices_only(width):
     assert (matrices["lr_scale"], others["lr_scale"]) == (256 / width, 1)
 
 
+@pytest.mark.parametrize("matrix_scale", [None, 3.0])
+def test_with_code_features_the_vectors_of_codes_have_a_step_size_of_their_own(matrix_scale):
+    model = tiny.prior(tiny.shape(), "full", features=7)
+    groups = parameter_groups(model, 0.1, matrix_scale=matrix_scale)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: g for g in groups for p in g["params"]}
+    assert found.keys() == set(names.values())
+    maps = {f"code_{side}.{layer}.{kind}" for side in ("inputs", "outputs") for layer in ("hidden", "out")
+            for kind in ("weight", "bias")}  # fmt: skip
+    maps |= {"image_embedding.weight", "image_head.weight"}
+    for name, group in found.items():
+        own = (group["lr_scale"], group["weight_decay"], group["matrices"]) == (0.1, 0.0, 0)
+        assert own == (name in maps), name
+
+
 def test_weight_decay_spares_the_dvaes_biases_and_codebook():
     model = tiny.dvae()
     groups, (decayed, spared) = names_by_group(model)

@@ -27,7 +27,7 @@ from armchair.train.recipe import FitConfig
 from armchair.train.report import Report
 from train import train_tiny
 
-STAGES = ("autoencoder", "image_tokenizer", "prior")
+STAGES = ("autoencoder", "image_tokenizer", "prior", "ranker")
 KILLS = 3
 
 

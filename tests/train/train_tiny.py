@@ -23,7 +23,7 @@ RECIPE: dict[str, Any] = {
         "resolution": 64, "patch": 8, "n_groups": 2, "n_blocks": 1,
         "n_hid": 8, "n_init": 8, "codebook_size": 32,
     },
-    "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"]},
+    "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"], "code_features": 8},
     "autoencoder_training": {**FIT, "images": 40, "matrix_lr": 0.01, "at_once": 2},
     "image_tokenizer_training": {
         **FIT, "lr": 2e-6, "tau_steps": 100, "kl_weight": 0.1, "kl_steps": 50,
@@ -31,6 +31,14 @@ RECIPE: dict[str, Any] = {
     },
     "prior_training": {
         **FIT, "views": 2, "accuracy_prompts": 2, "schedule": "plateau", "plateau_patience": 1, "matrix_lr": 0.01,
+    },
+    "ranker": {
+        "embed_dim": 8,
+        "image": {"resolution": 64, "patch": 16, "width": 16, "layers": [1], "heads": 2},
+        "text": {"width": 16, "layers": 1, "heads": 2},
+    },
+    "ranker_training": {
+        **FIT, "accumulate": 1, "matrix_lr": 0.01, "near_misses": [["red", "blue"], ["circle", "square", "star"]],
     },
     "drawing": {"prompts": ["a red circle"]},
 }  # fmt: skip
@@ -46,3 +54,4 @@ if __name__ == "__main__":
     run = open_run(Path(sys.argv[1]))
     run.stage("image-tokenizer")
     run.stage("prior")
+    run.stage("ranker")

@@ -30,6 +30,7 @@ class DVAEConfig:
     n_blocks: int = 2  # residual blocks a group
     patch: int = 1  # pixel-unshuffle before the first convolution; 1 is the released model
     stem_kernel: int = 7
+    encoder_kernel: int = 3  # of the encoder's blocks; with 1, and a stem of 1, a code knows its own patch alone
     min_log_scale: float = -4.0  # floor of ln b; exp(-4) is about one grey level, finer is not in 8-bit data
 
     def __post_init__(self) -> None:
@@ -40,8 +41,9 @@ class DVAEConfig:
             raise RequestError(f"codebook_size: expected at least 2, got {self.codebook_size}")
         if self.n_hid % 4:
             raise RequestError(f"n_hid: expected a multiple of 4 (bottleneck width), got {self.n_hid}")
-        if self.stem_kernel % 2 == 0:
-            raise RequestError(f"stem_kernel: expected an odd number, got {self.stem_kernel}")
+        for name in ("stem_kernel", "encoder_kernel"):
+            if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
+                raise RequestError(f"{name}: expected an odd number from 1 on, got {getattr(self, name)}")
         if self.resolution % self.factor:
             raise RequestError(
                 f"resolution {self.resolution} is not a multiple of patch x 2^(n_groups-1) = {self.factor}"
@@ -169,13 +171,14 @@ class DVAE(nn.Module):
         gain = 1 / (c.n_groups * c.n_blocks) ** 2
         widths = [c.n_hid * 2**g for g in range(c.n_groups)]
 
+        kernels = (c.encoder_kernel, c.encoder_kernel, c.encoder_kernel, 1)
         encoder: list[nn.Module] = [conv(3 * c.patch**2, c.n_hid, c.stem_kernel)]
         n_in = c.n_hid
         for g, width in enumerate(widths):
             if g > 0:
                 encoder.append(nn.MaxPool2d(2))
             for _ in range(c.n_blocks):
-                encoder.append(Block(n_in, width, (3, 3, 3, 1), gain))
+                encoder.append(Block(n_in, width, kernels, gain))
                 n_in = width
         self.encoder = nn.Sequential(*encoder, nn.ReLU())
         self.n_features = n_in
@@ -206,6 +209,11 @@ class DVAE(nn.Module):
     @property
     def resolution(self) -> int:
         return self.config.resolution
+
+    @property
+    def code_vectors(self) -> Tensor:
+        """(K, C), a vector a code; codes that look alike have vectors that are alike."""
+        return self.codebook.detach()
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, R, R) float in [0, 1] -> codes: (B, S, S) int64, the argmax of the logits."""

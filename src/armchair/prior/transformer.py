@@ -9,15 +9,17 @@ Initialisation and step size (`parameter_groups` in `armchair.train.optim` reads
     hidden matrices               normal, std 1/sqrt(fan_in)   step size x 256 / D
     projections back to the stream, heads    zero          x 256 / D (heads too)
     gains one, biases zero                                 as the recipe says
+    vectors of codes, with `code_features`                 x 0.1
 
 so that at every width the first logits are zero, every block starts as the identity, and one update moves
 each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
 "Tensor Programs V", 2022).
 """
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +42,12 @@ class PriorConfig:
     n_head: int = 62
     attention: tuple[str, ...] = ("row", "column", "row", "row")  # repeated over the layers
     last_attention: str | None = "convolutional"  # the last layer's pattern, where it differs
+    code_features: int = 0  # hidden units of `CodeVectors`; 0: a code has only the vectors it learns for itself (paper)
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layer", "n_head"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (("d_model", 1), ("n_layer", 1), ("n_head", 1), ("code_features", 0)):
+            if getattr(self, name) < least:
+                raise RequestError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.d_model % self.n_head:
             raise RequestError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
         if not self.attention:
@@ -92,6 +95,25 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
+class CodeVectors(nn.Module):
+    """Vectors for the codes, (K, D), computed from those that the image tokenizer has for them, (K, C).
+
+    Codes that look alike get vectors that are alike, so what is learned of one holds for its neighbours: a code that
+    was never seen after these words is likely where one that looks like it would be. Vectors that each code learns for
+    itself alone start out knowing nothing of that.
+    """
+
+    def __init__(self, codebook: Tensor, hidden: int, width: int):
+        super().__init__()
+        centred = codebook.detach().float() - codebook.detach().float().mean(0)
+        self.register_buffer("codebook", centred / (centred.std() + 1e-8), persistent=False)
+        self.hidden = nn.Linear(codebook.shape[1], hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self) -> Tensor:
+        return self.out(F.gelu(self.hidden(self.codebook)))
+
+
 class PromptCache:
     """What the layers remember of captions, (B, H, T+1, E) keys and values a layer, and the logits after them."""
 
@@ -131,7 +153,9 @@ class DrawingCache:
 
 
 class Prior(nn.Module):
-    def __init__(self, config: PriorConfig, shape: StreamShape):
+    """codebook: (K, C), the image tokenizer's `code_vectors`; needed where the config asks for `code_features`."""
+
+    def __init__(self, config: PriorConfig, shape: StreamShape, codebook: Tensor | None = None):
         super().__init__()
         self.config, self.shape = config, shape
         d = config.d_model
@@ -145,6 +169,13 @@ class Prior(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.text_head = nn.Linear(d, shape.text_vocab_size + 1)
         self.image_head = nn.Linear(d, shape.codebook_size)
+        self.code_inputs: CodeVectors | None = None
+        self.code_outputs: CodeVectors | None = None
+        if config.code_features:
+            if codebook is None or len(codebook) != shape.codebook_size:
+                raise RequestError("code_features: the image tokenizer has no vector for each of its codes")
+            self.code_inputs = CodeVectors(codebook, config.code_features, d)
+            self.code_outputs = CodeVectors(codebook, config.code_features, d)
         for pattern in set(config.patterns):
             mask = stream_mask(pattern, shape.text_length, shape.grid)
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
@@ -162,6 +193,14 @@ class Prior(nn.Module):
             nn.init.zeros_(block.mlp_out.weight)
         nn.init.zeros_(self.text_head.weight)
         nn.init.zeros_(self.image_head.weight)
+        if self.code_inputs is None or self.code_outputs is None:
+            return
+        nn.init.normal_(self.image_embedding.weight, std=0.02)  # what a code has for itself starts small
+        for vectors, std in ((self.code_inputs, 0.15), (self.code_outputs, 0.0)):
+            # Hidden units that bend at different places, each over a part of the codes.
+            nn.init.normal_(vectors.hidden.weight, std=1.5 / math.sqrt(vectors.hidden.in_features))
+            nn.init.uniform_(vectors.hidden.bias, -1.0, 1.0)
+            nn.init.normal_(vectors.out.weight, std=std / math.sqrt(vectors.out.in_features))
 
     def is_hidden_matrix(self, name: str) -> bool:
         """Whether the named parameter's step size shrinks with the width, and whether weight decay applies."""
@@ -172,19 +211,42 @@ class Prior(nn.Module):
     def forward(self, text_tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """text_tokens (B, T) with pads, codes (B, N) -> text logits (B, T, V+1), image logits (B, N, K)."""
         t = self.shape.text_length
-        x = torch.cat([self._embed_text(text_tokens), self._embed_image(codes[:, :-1])], dim=1)  # (B, L, D)
+        inputs, outputs = self._code_tables()
+        image = F.embedding(codes[:, :-1], inputs) + self._positions()[: codes.shape[1] - 1]
+        x = torch.cat([self._embed_text(text_tokens), image], dim=1)  # (B, L, D)
         for block, pattern in zip(self.blocks, self.config.patterns, strict=True):
             mask = getattr(self, f"mask_{pattern}")
             q, k, v = block.attention.heads(block.attention_norm(x))
             x = x + block.attention.merge(attend(q, k, v, mask))
             x = x + block.mlp(x)
         x = self.norm(x)
-        return self.text_head(x[:, :t]), self.image_head(x[:, t:])
+        return self.text_head(x[:, :t]), F.linear(x[:, t:], outputs, self.image_head.bias)
+
+    def _code_tables(self) -> tuple[Tensor, Tensor]:
+        """The vectors that image tokens come in as, and those that their logits are products with, (K, D) each."""
+        inputs, outputs = self.image_embedding.weight, self.image_head.weight
+        if self.code_inputs is None or self.code_outputs is None:
+            return inputs, outputs
+        return inputs + self.code_inputs(), outputs + self.code_outputs()
+
+    def folded(self) -> "Prior":
+        """The same model with its codes' vectors written out, which is what draws; itself where nothing is to fold."""
+        if not self.config.code_features:
+            return self
+        plain = copy.deepcopy(self).requires_grad_(False)
+        with torch.no_grad():
+            inputs, outputs = self._code_tables()
+            plain.image_embedding.weight.copy_(inputs)
+            plain.image_head.weight.copy_(outputs)
+        plain.code_inputs = plain.code_outputs = None
+        plain.config = replace(self.config, code_features=0)
+        return plain
 
     # Drawing: the caption once, then token by token.
 
     def prefill(self, text_tokens: Tensor) -> PromptCache:
-        """Read captions (B, T); `logits` (B, K) are those of the first image token."""
+        """Read captions (B, T); `logits` (B, K) are those of the first image token. Needs a `folded` model."""
+        assert not self.config.code_features
         x = self._embed_text(text_tokens)
         keys, values = [], []
         for block in self.blocks:
@@ -215,6 +277,6 @@ class Prior(nn.Module):
     def _embed_text(self, text_tokens: Tensor) -> Tensor:
         return self.text_embedding(text_input_ids(text_tokens, self.shape)) + self.text_position.weight
 
-    def _embed_image(self, codes: Tensor) -> Tensor:
-        position = (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)
-        return self.image_embedding(codes) + position[: codes.shape[1]]
+    def _positions(self) -> Tensor:
+        """(N, D)"""
+        return (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)

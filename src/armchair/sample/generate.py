@@ -85,6 +85,7 @@ def draw_codes(
 
     Gives codes (B, S, S) int64. `forced` (B, N) as in `draw_micro_batch`.
     """
+    prior = prior.folded()
     device = prior.image_head.weight.device
     prompts = read_prompts(prior, text_tokens.to(device))
     null = read_prompts(prior, null_text(1, prior.shape, device))

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from armchair.bundle import Bundle, bundled_names, find_bundle, read_bundle
+from armchair.clip.model import CLIP, CLIPConfig, TextShape
 from armchair.config import from_dict, to_dict
 from armchair.errors import BundleError, RequestError, WorkError
 from armchair.image.dvae import DVAE, DVAEConfig
@@ -72,6 +73,7 @@ class Record:
     bundle: BundleId
     model: str | None
     codes: tuple[tuple[int, ...], ...]
+    score: float | None = None
     rectangle: Rectangle | None = None
     forced: tuple[tuple[int, ...], ...] | None = None
 
@@ -120,6 +122,7 @@ class Drawing:
             bundle=self.bundle,
             model=self.model,
             codes=self.codes[i].tolist(),
+            score=self.scores[i],
             rectangle=self.rectangle,
             forced=None if self.forced is None else self.forced.tolist(),
         )
@@ -156,6 +159,9 @@ class Artist:
             recipe = info["recipe"]
             image_config = from_dict(DVAEConfig, recipe["image_tokenizer"], "recipe.image_tokenizer")
             prior_config = from_dict(PriorConfig, recipe["prior"], "recipe.prior")
+            ranker_config = None
+            if "ranker" in bundle.parts:
+                ranker_config = from_dict(CLIPConfig, recipe["ranker"], "recipe.ranker")
             defaults = {f.name: recipe["drawing"][f.name] for f in fields(Settings)}
             self.settings = from_dict(Settings, defaults, "recipe.drawing")
             shape = StreamShape(
@@ -178,7 +184,12 @@ class Artist:
             )
         self.bundle, self.model, self.device = bundle, model, device
         self.image_tokenizer = _load(lambda: DVAE(image_config), bundle, "image_tokenizer", device)
-        self.prior = _load(lambda: Prior(prior_config, shape), bundle, "prior", device)
+        codebook = self.image_tokenizer.code_vectors
+        self.prior = _load(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
+        self.ranker: CLIP | None = None
+        if ranker_config is not None:
+            texts = TextShape(length=shape.text_length + 1, vocab_size=shape.text_vocab_size + 1)
+            self.ranker = _load(lambda: CLIP(ranker_config, texts), bundle, "ranker", device)
 
     @property
     def id(self) -> BundleId:
@@ -208,14 +219,16 @@ class Artist:
     ) -> Drawing:
         """Draw `candidates` (1 to 4096) pictures of a prompt and keep the best `keep` (0 or None: all).
 
-        Without a ranker the first ones are kept, and only they are drawn. A setting of None is the bundle's
-        own; `Settings` has the ranges. Raises RequestError for anything out of range.
+        The ranker says which are best, and they come best first (paper, section 2.6). Without a ranker the first ones
+        are kept, and only they are drawn. A setting of None is the bundle's own; `Settings` has the ranges. Raises
+        RequestError for anything out of range.
         """
         check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
-        chosen = self._candidates(candidates, keep)
+        chosen, keep = self._candidates(candidates, keep)
         settings = self._settings(temperature, top_k, top_p, guidance)
-        return self._drawing(prompt, chosen, seed, settings, self._draw(prompt, chosen, seed, settings))
+        codes = self._draw(prompt, chosen, seed, settings)
+        return self._drawing(prompt, chosen, seed, settings, codes, keep=keep)
 
     def draw_stream(
         self,
@@ -261,7 +274,7 @@ class Artist:
         check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
         rectangle = _rectangle(redraw, keep_top, self.resolution)
-        chosen = self._candidates(candidates, keep)
+        chosen, keep = self._candidates(candidates, keep)
         settings = self._settings(temperature, top_k, top_p, guidance)
         original = self._square(image)
         forced = self._encode([original])[0]
@@ -269,7 +282,7 @@ class Artist:
         cell = self.resolution // self.grid
         forced[y // cell : math.ceil(y2 / cell), x // cell : math.ceil(x2 / cell)] = FREE
         codes = self._draw(prompt, chosen, seed, settings, forced)
-        return self._drawing(prompt, chosen, seed, settings, codes, rectangle, forced, original)
+        return self._drawing(prompt, chosen, seed, settings, codes, rectangle, forced, original, keep=keep)
 
     def redraw(self, path: str | Path) -> Drawing:
         """Draw the picture in a PNG once more from its record, bit for bit.
@@ -310,8 +323,31 @@ class Artist:
         return replace(drawing, model=record.model)  # so that the same file comes out
 
     def rank(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
-        """Scores of images for a prompt, higher is better. Raises RequestError where there is no ranker."""
-        raise RequestError(f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures")
+        """Scores of images for a prompt, cosines in [-1, 1], higher is better.
+
+        Images of other sizes are cut square and resized. Raises RequestError where the bundle has no ranker.
+        """
+        check_prompt(prompt)
+        pictures, (text,) = self.embed_images(images), self.embed_texts([prompt])
+        return [float(score) for score in (pictures * text).sum(1)]  # row by row, whatever their number
+
+    def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """Where the ranker puts images, (B, E) float32 of length one. Raises as `rank`."""
+        ranker = self._ranker()
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if not images:
+            raise RequestError("images: expected at least one")
+        squares = stack([self._square(image, ranker.config.image.resolution) for image in images])
+        with torch.inference_mode():
+            return _in_micro_batches(lambda x: ranker.encode_images(x.to(self.device)).cpu(), squares)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Where the ranker puts texts, (B, E) float32 of length one. Raises as `rank`."""
+        ranker = self._ranker()
+        tokens = torch.cat([self._tokens(text) for text in texts])
+        tokens = F.pad(tokens, (0, 1), value=self.text_tokenizer.pad_id)
+        with torch.inference_mode():
+            return _in_micro_batches(lambda x: ranker.encode_text(x).cpu(), tokens)
 
     @torch.inference_mode()
     def likelihood(self, image: Image.Image, prompt: str) -> float:
@@ -344,10 +380,11 @@ class Artist:
             raise RequestError(f"codes: expected whole numbers from 0 to {k - 1}")
         return self._decode(codes.astype(np.int64))
 
-    def _candidates(self, candidates: int, keep: int | None) -> list[int]:
+    def _candidates(self, candidates: int, keep: int | None) -> tuple[list[int], int]:
+        """Which candidates to draw, and how many of them to keep."""
         count = _whole("candidates", candidates, 1, MAX_CANDIDATES)
-        keep = _whole("keep", keep or 0, 0, count)
-        return list(range(keep or count))
+        keep = _whole("keep", keep or 0, 0, count) or count
+        return list(range(keep if self.ranker is None else count)), keep
 
     def _settings(
         self, temperature: float | None, top_k: int | None, top_p: float | None, guidance: float | None
@@ -403,17 +440,25 @@ class Artist:
         rectangle: Rectangle | None = None,
         forced: np.ndarray | None = None,
         original: np.ndarray | None = None,
+        keep: int | None = None,
     ) -> Drawing:
         images = self._decode(codes)
         if rectangle is not None and original is not None:
             images = [_keep_outside(image, original, rectangle) for image in images]
+        scores: list[float | None] = [None] * len(images)
+        order = list(range(len(images)))
+        if self.ranker is not None:
+            ranked = self.rank(images, prompt)
+            order.sort(key=lambda i: -ranked[i])  # stable: of equal ones the first drawn comes first
+            scores = list(ranked)
+        order = order[:keep]
         return Drawing(
             prompt=prompt,
-            images=images,
-            scores=[None] * len(images),
-            seeds=[seed] * len(images),
-            candidates=candidates,
-            codes=codes,
+            images=[images[i] for i in order],
+            scores=[scores[i] for i in order],
+            seeds=[seed] * len(order),
+            candidates=[candidates[i] for i in order],
+            codes=codes[order],
             settings=settings,
             bundle=self.id,
             model=self.model,
@@ -421,13 +466,18 @@ class Artist:
             forced=forced,
         )
 
-    def _square(self, image: Image.Image) -> np.ndarray:
+    def _ranker(self) -> CLIP:
+        if self.ranker is None:
+            raise RequestError(f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures")
+        return self.ranker
+
+    def _square(self, image: Image.Image, size: int | None = None) -> np.ndarray:
         if not isinstance(image, Image.Image):
             raise RequestError(f"image: expected a PIL image, got {type(image).__name__}")
         if not min(image.size):
             raise RequestError(f"image: expected at least one pixel, got {image.width} x {image.height}")
         try:
-            return square(np.asarray(rgb(image)), self.resolution)
+            return square(np.asarray(rgb(image)), size or self.resolution)
         except BrokenSample as broken:
             raise RequestError(f"image: {broken.cause}; expected 8-bit RGB or grey") from None
 

@@ -6,11 +6,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from armchair.clip.model import CLIP
 from armchair.image.dvae import DVAE
 from armchair.prior.transformer import BASE_WIDTH, Prior
 from armchair.runtime import compute_type
 from armchair.train.muon import MuonAdamW
 from armchair.train.recipe import FitConfig, ImageTokenizerTraining
+
+# Step size of the codes' vectors, as a share of the recipe's, where `code_features` computes them. A weight of
+# `CodeVectors` moves every code's vector at once: at a scale of 1 a shapes prior had 76 bits a picture after 400
+# updates of 800, at 0.4 it had 41, at 0.1 37. What a code has for itself is learned as slowly: at a scale of 1 pairs
+# of form and colour that training never showed came out right 48 times in 100, at 0.1 76 times.
+CODE_VECTORS_SCALE = 0.1
 
 
 def make_optimizer(model: nn.Module, config: FitConfig, device: torch.device) -> MuonAdamW:
@@ -44,7 +51,8 @@ def parameter_groups(
     """Groups for `MuonAdamW`: weight decay on matrices only, never on gains, biases or embeddings (paper, section 2.4).
 
     Under AdamW a prior's hidden matrices carry `lr_scale` 256 / D, so that one step size serves every width (see the
-    table in `armchair.prior.transformer`). The encoder of a dVAE, its logits included, carries `encoder_scale`.
+    table in `armchair.prior.transformer`); where it has `code_features`, the codes' vectors carry CODE_VECTORS_SCALE.
+    The encoder of a dVAE, its logits included, carries `encoder_scale`.
     With `matrix_scale`, Muon moves the matrices within the blocks and the convolutions, at that share of the step size.
     """
     groups: dict[_Kind, list[nn.Parameter]] = {}
@@ -57,11 +65,18 @@ def _kind(
     model: nn.Module, name: str, p: nn.Parameter, decay: float, encoder_scale: float, matrix_scale: float | None
 ) -> _Kind:
     if isinstance(model, Prior):
+        own = ("image_embedding.weight", "image_head.weight")
+        if name.startswith(("code_inputs.", "code_outputs.")) or (model.config.code_features and name in own):
+            return _Kind(0.0, CODE_VECTORS_SCALE)
         if not model.is_hidden_matrix(name):
             return _Kind(0.0, 1.0)
         if matrix_scale is not None and name.startswith("blocks."):
             return _Kind(decay, matrix_scale, 3 if name.endswith("qkv.weight") else 1)
         return _Kind(decay, BASE_WIDTH / model.config.d_model)
+    if isinstance(model, CLIP):
+        if matrix_scale is not None and model.is_hidden_matrix(name):
+            return _Kind(decay, matrix_scale, 3 if name.endswith("qkv.weight") else 1)
+        return _Kind(decay if p.ndim >= 2 and "embedding" not in name and "position" not in name else 0.0, 1.0)
     scale = encoder_scale if isinstance(model, DVAE) and name.startswith(("encoder.", "to_logits.")) else 1.0
     if matrix_scale is not None and p.ndim == 4 and "to_logits" not in name:
         return _Kind(decay, matrix_scale * scale, 1)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from armchair.clip.model import CLIPConfig
+from armchair.clip.negatives import NearMisses
 from armchair.config import from_dict, nearest, with_overrides
 from armchair.data.sources import DataConfig
 from armchair.errors import RequestError
@@ -13,6 +15,7 @@ from armchair.prior.transformer import PriorConfig
 
 SCHEDULES = ("cosine", "constant", "plateau")
 PRECISIONS = ("auto", "fp32", "bf16")
+RANKER_LOSSES = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,30 @@ class PriorTraining(FitConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankerTraining(FitConfig):
+    """The ranker. The batch is what a caption is told apart from, so it is never computed in parts."""
+
+    loss: str = "softmax"  # symmetric InfoNCE (CLIP), or sigmoid: each pair by itself (SigLIP)
+    near_misses: tuple[tuple[str, ...], ...] = ()  # words of a kind; false captions are made by exchanging them
+    near_miss_count: int = 1  # false captions a picture
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in RANKER_LOSSES:
+            raise RequestError(f"loss: unknown {self.loss!r}: {nearest(self.loss, RANKER_LOSSES)}")
+        if self.accumulate > 1:
+            raise RequestError("accumulate: the ranker's loss needs its batch whole; expected 1")
+        if self.batch_size < 2:
+            raise RequestError("batch_size: a caption must be told from another; expected at least 2, got 1")
+        if self.near_miss_count < 1:
+            raise RequestError(f"near_miss_count: expected at least 1, got {self.near_miss_count}")
+        NearMisses(self.near_misses)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawingConfig:
     """The sampling settings that the bundle carries as its defaults, and the prompts of the sample sheets."""
 
@@ -157,9 +184,11 @@ class Recipe:
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: DVAEConfig = field(default_factory=DVAEConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    ranker: CLIPConfig | None = None  # none: candidates are not ranked
     autoencoder_training: AutoencoderTraining | None = None  # none: the dVAE starts at random, as in the paper
     image_tokenizer_training: ImageTokenizerTraining
     prior_training: PriorTraining
+    ranker_training: RankerTraining | None = None
     drawing: DrawingConfig = field(default_factory=DrawingConfig)
 
     def __post_init__(self) -> None:
@@ -168,6 +197,8 @@ class Recipe:
                 f"data.resolution {self.data.resolution} and image_tokenizer.resolution "
                 f"{self.image_tokenizer.resolution} differ; set both to the same number of pixels"
             )
+        if (self.ranker is None) != (self.ranker_training is None):
+            raise RequestError("ranker and ranker_training belong together: give both or neither")
         if self.image_tokenizer.codebook_size > 65536:
             raise RequestError("image_tokenizer.codebook_size: at most 65536 codes can be cached")
 

@@ -13,6 +13,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import armchair
 from armchair.bundle import Bundle, write_bundle
 from armchair.card import render_card
+from armchair.clip.model import CLIP, TextShape
 from armchair.config import from_dict, to_dict
 from armchair.data.loader import split
 from armchair.data.sources import Source, open_source
@@ -48,12 +50,13 @@ from armchair.train.image_tokenizer import (
 )
 from armchair.train.loop import Stage, fit
 from armchair.train.prior import PriorStage
+from armchair.train.ranker import RankerStage, fixed_pairs
 from armchair.train.recipe import FitConfig, Recipe
 from armchair.train.report import Report
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("text-tokenizer", "image-tokenizer", "prior")
+STAGES = ("text-tokenizer", "image-tokenizer", "prior", "ranker")
 VALIDATION_IMAGES = 512
 
 
@@ -77,7 +80,12 @@ class Run:
 
     def stage(self, name: str) -> None:
         """Run one of STAGES."""
-        {"text-tokenizer": self.text_tokenizer, "image-tokenizer": self.image_tokenizer, "prior": self.prior}[name]()
+        {
+            "text-tokenizer": self.text_tokenizer,
+            "image-tokenizer": self.image_tokenizer,
+            "prior": self.prior,
+            "ranker": self.ranker,
+        }[name]()
 
     # The stages: each gives its result, and makes it where it is not there yet.
 
@@ -138,7 +146,8 @@ class Run:
             codebook_size=image_tokenizer.codebook_size,
             grid=image_tokenizer.grid,
         )
-        model = _initialised(lambda: Prior(self.recipe.prior, shape), self.recipe.seed, "prior")
+        codebook = image_tokenizer.code_vectors
+        model = _initialised(lambda: Prior(self.recipe.prior, shape, codebook), self.recipe.seed, "prior")
         if self.init is not None:
             _load(model, self.init, "prior")
         stage = PriorStage(self.recipe, model, text_tokenizer, image_tokenizer, train, val)
@@ -146,10 +155,31 @@ class Run:
         assert isinstance(average, Prior)
         return average
 
+    def ranker(self) -> CLIP:
+        """Raises RequestError where the recipe has none."""
+        config, training = self.recipe.ranker, self.recipe.ranker_training
+        if config is None or training is None:
+            raise RequestError(f"recipe {self.recipe.name} has no ranker: give it `ranker` and `ranker_training`")
+        tokenizer = self.text_tokenizer()
+        # One position more than the prior's captions have, for the end; the pad is the end.
+        shape = TextShape(length=self.recipe.text_tokenizer.length + 1, vocab_size=tokenizer.vocab_size + 1)
+        model = _initialised(lambda: CLIP(config, shape), self.recipe.seed, "ranker")
+        # The share of a batch's pairs that belong together; with the 32,768 of the sigmoid loss's paper, its -10.
+        torch.nn.init.constant_(model.bias, -math.log(training.batch_size))
+        if self.init is not None and "ranker" in self.init.parts:
+            _load(model, self.init, "ranker")
+        pairs = fixed_pairs(self.val_source, VALIDATION_IMAGES, self.recipe.data)
+        average = self._fit(RankerStage(self.recipe, training, model, tokenizer, self.train_source, pairs), training)
+        assert isinstance(average, CLIP)
+        return average
+
     def bundle(self, out: Path | None = None) -> Path:
         """Write the bundle from the finished stages (weights in 16 bits); its path."""
         out = out or self.folder / "bundle"
         text_tokenizer, image_tokenizer, prior = self.text_tokenizer(), self.image_tokenizer(), self.prior()
+        weights = {"image_tokenizer": _half(image_tokenizer), "prior": _half(prior)}
+        if self.recipe.ranker is not None:
+            weights["ranker"] = _half(self.ranker())
         info = {
             "name": self.recipe.name,
             "recipe": to_dict(_without_places(self.recipe)),
@@ -166,7 +196,6 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        weights = {"image_tokenizer": _half(image_tokenizer), "prior": _half(prior)}
         write_bundle(
             out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
         )
@@ -209,6 +238,8 @@ class Run:
         found: dict[str, dict[str, float | str]] = {}
         recipe = self.recipe
         steps = {"image_tokenizer": recipe.image_tokenizer_training.steps, "prior": recipe.prior_training.steps}
+        if recipe.ranker_training is not None:
+            steps["ranker"] = recipe.ranker_training.steps
         for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event["event"] == "validation" and event["step"] <= steps.get(event["stage"], 0):
@@ -238,6 +269,8 @@ def start_run(
             "1, or crop to random", recipe.prior_training.views,
         )  # fmt: skip
     sources = _open_data(recipe)  # before anything is written: a wrong path leaves no run behind
+    if recipe.ranker is not None and len(sources[1]) < 2:
+        raise RequestError("the ranker needs two held-out pictures or more: raise data.val_fraction, or give data.val")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(written, text)
@@ -255,6 +288,7 @@ def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
         text_tokenizer=replace(recipe.text_tokenizer, length=base.text_tokenizer.length),
         image_tokenizer=base.image_tokenizer,
         prior=base.prior,
+        ranker=None if recipe.ranker_training is None else base.ranker or recipe.ranker,
     )
 
 

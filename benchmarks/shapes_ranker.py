@@ -1,0 +1,122 @@
+"""How well a shapes bundle's ranker tells captions apart, and what picking the best of N is worth.
+
+    python benchmarks/shapes_ranker.py runs/shapes/bundle --json ranker.json
+
+- retrieval: a rendered scene's own prompt among 100 prompts of other scenes that are false of it (those that happen to
+  be true of it too are passed over): share that comes first, among the first 5, among the first 10.
+- swapped: a scene with two objects against its prompt with two words of a kind swapped (colours, forms, sizes or
+  fills): share of pairs in which the true one scores higher; `turned`: the relation made its opposite.
+- best of N: share of prompts whose picture is right as a whole, where it is the ranker's first of N candidates; `any`
+  is the share of prompts for which at least one of the N is right, which no ranker can exceed.
+
+Intervals are 95 % (Wilson).
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from armchair.clip.contrast import retrieval_ranks
+from armchair.clip.negatives import NearMisses
+from armchair.sample.pipeline import Artist, load_artist
+from armchair.shapes.accuracy import judge, judge_scene, wilson
+from armchair.shapes.captions import prompts
+from armchair.shapes.world import COLOURS, COUNTS, FILLS, FORMS, SIZES, render, scene
+
+SPLITS = ("val", "held-form-colour", "held-relation-form", "held-count")
+ATTRIBUTES = NearMisses([FORMS, tuple(COLOURS), SIZES, FILLS])
+SIDES = NearMisses([("left of", "right of"), ("above", "below")])
+DISTRACTORS = 100
+
+
+def retrieval(artist: Artist, split: str, count: int) -> dict:
+    scenes = [scene(i, split=split) for i in range(count)]
+    wanted = prompts(count, split=split)
+    texts = artist.embed_texts([p.text for p in wanted])
+    pictures = artist.embed_images([Image.fromarray(render(s)) for s in scenes])
+    true = torch.tensor([[judge_scene(p, s).whole for p in wanted] for s in scenes])
+    ranks = retrieval_ranks(pictures, texts, true, DISTRACTORS)
+    found = {f"recall_{k}": share(int((ranks < k).sum()), count) for k in (1, 5, 10)}
+    return {"pictures": count, **found}
+
+
+def swapped(artist: Artist, split: str, count: int, misses: NearMisses, every: bool) -> dict:
+    """Of scenes with two objects; `every`: all swaps of a prompt, else the exchanges."""
+    true, false, of = [], [], []
+    for i, prompt in enumerate(prompts(count, split=split, objects=2)):
+        for text in misses.swaps(prompt.text) if every else misses.exchanges(prompt.text):
+            true.append(prompt.text)
+            false.append(text)
+            of.append(i)
+    shown = artist.embed_images([Image.fromarray(render(scene(i, split=split, objects=2))) for i in range(count)])
+    right, wrong = artist.embed_texts(true), artist.embed_texts(false)
+    told = (shown[of] * right).sum(1) > (shown[of] * wrong).sum(1)
+    return {"pairs": len(told), "told": share(int(told.sum()), len(told))}
+
+
+def best_of(artist: Artist, split: str, objects: int, count: int, most: int) -> dict:
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= most]
+    right, possible = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    for i, prompt in enumerate(prompts(count, split=split, objects=objects)):
+        drawing = artist.draw(prompt.text, candidates=most, seed=i)
+        whole = {c: judge(prompt, image).whole for c, image in zip(drawing.candidates, drawing.images, strict=True)}
+        for n in sizes:
+            among = [c for c in drawing.candidates if c < n]  # best first
+            right[n] += whole[among[0]]
+            possible[n] += any(whole[c] for c in among)
+    return {
+        "prompts": count,
+        **{f"best_of_{n}": share(right[n], count) for n in sizes},
+        **{f"any_of_{n}": share(possible[n], count) for n in sizes},
+    }
+
+
+def share(right: int, number: int) -> dict:
+    return {"share": right / number, "interval": wilson(right, number)}
+
+
+def told(name: str, result: dict, seconds: float) -> None:
+    parts = [f"{k} {v}" for k, v in result.items() if not isinstance(v, dict)]
+    parts += [
+        "{} {:.3f} [{:.3f}, {:.3f}]".format(k, v["share"], *v["interval"])
+        for k, v in result.items()
+        if isinstance(v, dict)
+    ]
+    print(f"{name:<34} {'  '.join(parts)}  {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--pictures", type=int, default=500, help="of each split, for retrieval and swaps")
+    parser.add_argument("--prompts", type=int, default=100, help="for best of N; 0: leave it out")
+    parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    artist = load_artist(args.model)
+    jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(artist, s, args.pictures) for s in SPLITS}
+    for split in SPLITS:
+        if 2 in COUNTS[split]:
+            jobs[f"swapped {split}"] = lambda s=split: swapped(artist, s, args.pictures, ATTRIBUTES, True)
+            jobs[f"turned {split}"] = lambda s=split: swapped(artist, s, args.pictures, SIDES, False)
+    if args.prompts:
+        for split, objects in (("val", 2), ("held-form-colour", 1), ("held-form-colour", 2), ("held-relation-form", 2)):
+            jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
+                artist, s, o, args.prompts, args.most
+            )
+    results: dict = {"bundle": artist.bundle.fingerprint}
+    for name, job in jobs.items():
+        began = time.time()
+        results[name] = job()
+        told(name, results[name], time.time() - began)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

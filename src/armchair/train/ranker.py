@@ -1,0 +1,161 @@
+"""The ranker: CLIP on the same captioned images (paper, section 2.6; Radford et al., 2021)."""
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from armchair.clip.contrast import contrastive_loss, retrieval_ranks, same_captions, sigmoid_loss
+from armchair.clip.model import CLIP
+from armchair.clip.negatives import NearMisses
+from armchair.data.loader import batches, caption_choices
+from armchair.data.sources import DataConfig, Source
+from armchair.errors import WorkError
+from armchair.image.pixels import BrokenSample, square, stack, to_pil
+from armchair.image.sheet import contact_sheet
+from armchair.runtime import stream_seed
+from armchair.text.bpe import TextTokenizer
+from armchair.train.recipe import RankerTraining, Recipe
+
+DISTRACTORS = 100  # captions that a picture's own is found among, in validation
+SHEET_COLUMNS = 8
+
+
+class Pairs(NamedTuple):
+    """Held-out pictures with a caption each."""
+
+    images: Tensor  # (B, 3, R, R) in [0, 1]
+    captions: list[str]
+
+
+def fixed_pairs(source: Source, count: int, data: DataConfig) -> Pairs:
+    """The first `count` readable pictures of a source as centre squares, each with its first caption."""
+    images: list[np.ndarray] = []
+    captions = []
+    for i in range(len(source)):
+        if len(images) == count:
+            break
+        try:
+            sample = source[i]
+            caption = caption_choices(source, i, sample, data)[0][0]
+            images.append(square(sample.image, data.resolution))
+            captions.append(caption)
+        except BrokenSample:
+            continue
+    if len(images) < 2:
+        raise WorkError("the ranker needs two held-out captioned pictures or more; give more in data.val")
+    return Pairs(stack(images), captions)
+
+
+class RankerStage:
+    """What `armchair.train.loop.fit` needs to train a ranker."""
+
+    name = "ranker"
+
+    def __init__(
+        self, recipe: Recipe, config: RankerTraining, model: CLIP, tokenizer: TextTokenizer, source: Source, val: Pairs
+    ):
+        self.recipe, self.config, self.model, self.source, self.val = recipe, config, model, source, val
+        self.tokenizer = tokenizer
+        self.near_misses = NearMisses(config.near_misses)
+
+    def batches(self, start_step: int) -> Generator[Any, None, None]:
+        """(images (B, 3, R, R), tokens (B, L), same (B, B), false tokens (B, M, L) or None) from `start_step` on."""
+        seed = self.recipe.seed
+        found = batches(
+            self.source,
+            self.recipe.data,
+            batch_size=self.config.batch_size,
+            seed=stream_seed(seed, self.name),
+            start_step=start_step,
+        )
+        try:
+            for step, (images, captions) in enumerate(found, start=start_step):
+                rng = np.random.Generator(np.random.PCG64(stream_seed(seed, "ranker captions", step)))
+                yield images, self._tokens(captions, rng), same_captions(captions), self._false_tokens(captions, rng)
+        finally:
+            found.close()
+
+    def parts(self, batch: Any, count: int) -> list[Any]:
+        device = self.model.log_scale.device
+        return [tuple(None if x is None else x.to(device) for x in batch)]
+
+    def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        images, tokens, same, false = batch
+        pictures, texts = self.model.encode_images(images), self.model.encode_text(tokens)
+        wrong = None if false is None else self.model.encode_text(false.flatten(0, 1)).unflatten(0, false.shape[:2])
+        return self._loss(self.model, pictures, texts, same, wrong), {"scale": self.model.scale.detach()}
+
+    def _loss(self, model: CLIP, pictures: Tensor, texts: Tensor, same: Tensor, wrong: Tensor | None = None) -> Tensor:
+        if self.config.loss == "sigmoid":
+            return sigmoid_loss(pictures, texts, model.scale, model.bias, same, wrong)
+        return contrastive_loss(pictures, texts, model.scale, same, wrong)
+
+    @torch.inference_mode()
+    def validate(self, model: Any) -> dict[str, float]:
+        """On held-out pairs: the loss of one batch after the other; how often a picture's own caption comes first, or
+        among the first 5 and 10, of 101; and how often it is preferred to one that is nearly right."""
+        device = model.log_scale.device
+        images, tokens = self.val.images.to(device), self._tokens(self.val.captions).to(device)
+        pictures = torch.cat([model.encode_images(chunk) for chunk in images.split(64)])
+        texts = torch.cat([model.encode_text(chunk) for chunk in tokens.split(64)])
+        same = same_captions(self.val.captions).to(device)
+        size = min(self.config.batch_size, len(images))
+        losses = []
+        for start in range(0, len(images) - size + 1, size):
+            rows = slice(start, start + size)
+            losses.append(float(self._loss(model, pictures[rows], texts[rows], same[rows, rows])))
+        ranks = retrieval_ranks(pictures, texts, same, DISTRACTORS)
+        figures = {"loss": float(np.mean(losses))}
+        figures |= {f"recall_{k}": float((ranks < k).float().mean()) for k in (1, 5, 10)}
+        rng = np.random.Generator(np.random.PCG64(stream_seed(self.recipe.seed, "ranker validation")))
+        misses = [self.near_misses.of(caption, rng) for caption in self.val.captions]
+        if able := [i for i, miss in enumerate(misses) if miss is not None]:
+            false = model.encode_text(self._tokens([misses[i] or "" for i in able]).to(device))
+            own, other = (pictures[able] * texts[able]).sum(1), (pictures[able] * false).sum(1)
+            figures["near_misses_told"] = float((own > other).float().mean())
+        return figures
+
+    @torch.inference_mode()
+    def sheet(self, model: Any) -> Image.Image | None:
+        """For each of the recipe's prompts the held-out pictures that score best, best first."""
+        prompts = self.recipe.drawing.prompts
+        if not prompts:
+            return None
+        device = model.log_scale.device
+        pictures = torch.cat([model.encode_images(chunk.to(device)) for chunk in self.val.images.split(64)])
+        scores = model.encode_text(self._tokens(prompts).to(device)) @ pictures.T
+        columns = min(SHEET_COLUMNS, len(pictures))
+        best = scores.topk(columns, dim=1)
+        images = [to_pil(self.val.images[i : i + 1])[0] for row in best.indices.tolist() for i in row]
+        labels = [
+            f"{prompt} {value:.2f}" if column == 0 else f"{value:.2f}"
+            for prompt, row in zip(prompts, best.values.tolist(), strict=True)
+            for column, value in enumerate(row)
+        ]
+        return contact_sheet(images, labels, columns=columns, scale=1)
+
+    def _tokens(self, captions: Sequence[str], rng: np.random.Generator | None = None) -> Tensor:
+        """(B, L); BPE dropout where `rng` is given."""
+        config = self.recipe.text_tokenizer
+        dropout = config.dropout if rng is not None else 0.0
+        tokens = self.tokenizer.encode(
+            captions, config.length, dropout=dropout, rng=rng, warn=not self.tokenizer.cut_count
+        )
+        return F.pad(torch.from_numpy(tokens), (0, 1), value=self.tokenizer.pad_id)  # a full caption has its end too
+
+    def _false_tokens(self, captions: Sequence[str], rng: np.random.Generator) -> Tensor | None:
+        """(B, M, L); a caption of which nothing nearly right can be made gets another picture's."""
+        if not self.near_misses.kinds:
+            return None
+        count = self.config.near_miss_count
+        false = [
+            self.near_misses.of(caption, rng) or captions[(i + 1) % len(captions)]
+            for i, caption in enumerate(captions)
+            for _ in range(count)
+        ]
+        return self._tokens(false, rng).unflatten(0, (-1, count))

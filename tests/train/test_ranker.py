@@ -1,0 +1,109 @@
+import dataclasses
+
+import pytest
+import torch
+
+from armchair.config import from_dict
+from armchair.data.sources import open_source
+from armchair.errors import RequestError, WorkError
+from armchair.train.ranker import RankerStage, fixed_pairs
+from armchair.train.recipe import Recipe
+from train import train_tiny
+
+
+def stage(tmp_path, **changes) -> RankerStage:
+    training = {**train_tiny.RECIPE["ranker_training"], **changes}
+    text_tokenizer = {"vocab_size": 400, "length": 24, "dropout": 0.0}  # no caption is cut
+    data = {**train_tiny.RECIPE, "ranker_training": training, "text_tokenizer": text_tokenizer}
+    run = train_tiny.open_run(tmp_path / "run", data)
+    found = []
+    run._fit = lambda stage, config: found.append(stage) or stage.model  # type: ignore[method-assign]
+    run.ranker()
+    run.report.close()
+    return found[0]
+
+
+def test_a_batch_has_pictures_their_captions_and_false_ones(tmp_path):
+    s = stage(tmp_path, near_miss_count=2)
+    stream = s.batches(3)
+    images, tokens, same, false = next(stream)
+    stream.close()
+    assert images.shape == (4, 3, 64, 64) and tokens.shape == (4, 25) and false.shape == (4, 2, 25)
+    assert same.diagonal().all()
+    assert (tokens[:, -1] == s.tokenizer.pad_id).all()  # there is always an end
+    texts = [s.tokenizer.decode(row) for row in tokens]
+    for text, row in zip(texts, false, strict=True):
+        for miss in row:
+            assert s.tokenizer.decode(miss) != text
+    again = s.batches(3)
+    for a, b in zip(next(again), (images, tokens, same, false), strict=True):
+        assert torch.equal(a, b)
+    again.close()
+
+
+def test_without_kinds_of_words_there_are_no_false_captions(tmp_path):
+    s = stage(tmp_path, near_misses=())
+    stream = s.batches(0)
+    assert next(stream)[3] is None
+    stream.close()
+    assert "near_misses_told" not in s.validate(s.model.eval())
+
+
+def test_eight_pictures_are_learnt_by_heart(tmp_path):
+    s = stage(tmp_path)
+    optimizer = torch.optim.Adam(s.model.parameters(), lr=5e-3)
+    before = s.validate(s.model.eval())
+    s.source = open_source(["shapes:val,length=8"], s.recipe.data)
+    s.config = dataclasses.replace(s.config, batch_size=8)
+    stream = s.batches(0)
+    for step in range(400):
+        optimizer.zero_grad()
+        (part,) = s.parts(next(stream), 1)
+        loss_now, told = s.loss(part, step, 0)
+        loss_now.backward()
+        optimizer.step()
+    stream.close()
+    after = s.validate(s.model.eval())
+    assert after["loss"] < before["loss"] / 2
+    assert after["recall_1"] >= 0.75 and after["recall_5"] == 1.0
+    assert 0 < float(told["scale"]) <= 100
+    assert after["near_misses_told"] > 0.6
+
+
+def test_a_sheet_shows_the_best_pictures_of_each_prompt(tmp_path):
+    s = stage(tmp_path)
+    sheet = s.sheet(s.model.eval())
+    assert sheet is not None and sheet.width >= 8 * 64
+
+
+def test_one_held_out_picture_is_not_enough():
+    data = from_dict(Recipe, train_tiny.RECIPE).data
+    with pytest.raises(WorkError, match="two held-out captioned pictures"):
+        fixed_pairs(open_source(["shapes:val,length=1"], data), 512, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranker": None}, "ranker and ranker_training belong together"),
+        ({"ranker_training": None}, "ranker and ranker_training belong together"),
+        ({"ranker_training.accumulate": 2}, "accumulate: the ranker's loss needs its batch whole"),
+        ({"ranker_training.loss": "softmx"}, "unknown 'softmx': did you mean 'softmax'"),
+        ({"ranker_training.batch_size": 1}, "batch_size: .* at least 2"),
+        ({"ranker_training.near_misses": [["red"]]}, "near_misses: expected two or more"),
+        ({"ranker.image.layers": [1, 2]}, "ranker.image: layers: expected one number"),
+    ],
+)
+def test_recipes_that_cannot_be_trained_are_refused(changes, message):
+    from armchair.config import with_overrides
+
+    with pytest.raises(RequestError, match=message):
+        from_dict(Recipe, with_overrides(train_tiny.RECIPE, changes))
+
+
+def test_a_recipe_without_a_ranker_has_no_such_stage(tmp_path):
+    data = {**train_tiny.RECIPE, "ranker": None, "ranker_training": None}
+    run = train_tiny.open_run(tmp_path / "run", data)
+    with pytest.raises(RequestError, match="recipe tiny has no ranker"):
+        run.stage("ranker")
+    run.report.close()
