@@ -320,7 +320,8 @@ class Artist:
         drawing = self._drawing(
             record.prompt, chosen, record.seed, record.settings, codes, record.rectangle, forced, original
         )
-        return replace(drawing, model=record.model)  # so that the same file comes out
+        # So that the same file comes out; a score's last bits depend on who was ranked beside it.
+        return replace(drawing, model=record.model, scores=[record.score])
 
     def rank(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
         """Scores of images for a prompt, cosines in [-1, 1], higher is better.
@@ -329,7 +330,7 @@ class Artist:
         """
         check_prompt(prompt)
         pictures, (text,) = self.embed_images(images), self.embed_texts([prompt])
-        return [float(score) for score in (pictures * text).sum(1)]  # row by row, whatever their number
+        return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
 
     def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Where the ranker puts images, (B, E) float32 of length one. Raises as `rank`."""

@@ -101,9 +101,8 @@ def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: d
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)
         p: Any = by_name[name]
-        # The moments of a channels-last weight are channels-last: keep the kernel's memory order, and its sums.
-        value = value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-        optimizer.state[p][key] = value
+        # The moments of a weight lie in memory as it does: the optimiser walks over them together.
+        optimizer.state[p][key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value
 
 
 def _sync_and_digest(path: Path) -> str:
