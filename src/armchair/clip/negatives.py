@@ -32,29 +32,37 @@ class NearMisses:
     def of(self, caption: str, rng: np.random.Generator) -> str | None:
         """A caption that is false where `caption` is true; None where there is nothing to swap or exchange.
 
-        Where two different words of a kind occur, half of the time they are swapped; else one word is exchanged for
-        another of its kind that the caption does not have.
+        The kind is drawn first, or a relation would be asked for as seldom as it has few words. Where two different
+        words of it occur, half of the time they are swapped; else one is exchanged for another that is not there.
         """
-        swapped, exchanged = self.swaps(caption), self.exchanges(caption)
+        possible = []
+        for kind in sorted({self.kind_of[m[0]] for m in self._words(caption)}):
+            swapped, exchanged = self.swaps(caption, kind), self.exchanges(caption, kind)
+            if swapped or exchanged:
+                possible.append((swapped, exchanged))
+        if not possible:
+            return None
+        swapped, exchanged = possible[int(rng.integers(len(possible)))]
         choices = swapped if swapped and (not exchanged or rng.random() < 0.5) else exchanged
-        return choices[int(rng.integers(len(choices)))] if choices else None
+        return choices[int(rng.integers(len(choices)))]
 
-    def swaps(self, caption: str) -> list[str]:
-        """Every caption in which two different words of a kind have changed places."""
-        found = self._words(caption)
+    def swaps(self, caption: str, kind: int | None = None) -> list[str]:
+        """Every caption in which two different words of a kind (of kind number `kind`) have changed places."""
+        found = self._words(caption, kind)
         pairs = itertools.combinations(found, 2)
         alike = [(a, b) for a, b in pairs if a[0] != b[0] and self.kind_of[a[0]] == self.kind_of[b[0]]]
         return [_with(caption.lower(), {a: b[0], b: a[0]}) for a, b in alike]
 
-    def exchanges(self, caption: str) -> list[str]:
+    def exchanges(self, caption: str, kind: int | None = None) -> list[str]:
         """Every caption in which one word has become another of its kind that the caption does not have."""
-        found = self._words(caption)
+        found = self._words(caption, kind)
         present = {m[0] for m in found}
         choices = [(m, word) for m in found for word in self.kinds[self.kind_of[m[0]]] if word not in present]
         return [_with(caption.lower(), {m: word}) for m, word in choices]
 
-    def _words(self, caption: str) -> list[re.Match[str]]:
-        return list(self.pattern.finditer(caption.lower())) if self.pattern else []
+    def _words(self, caption: str, kind: int | None = None) -> list[re.Match[str]]:
+        found = self.pattern.finditer(caption.lower()) if self.pattern else []
+        return [m for m in found if kind in (None, self.kind_of[m[0]])]
 
 
 def _with(caption: str, words: dict[re.Match[str], str]) -> str:
