@@ -84,7 +84,7 @@ def write_tiny_bundle(out: Path, seed: int = 0, *, ranked: bool = False, **chang
         for part, model in (("image_tokenizer", image_tokenizer), ("prior", prior))
     }
     if ranked:
-        texts = TextShape(length=shape.text_length + 1, vocab_size=shape.text_vocab_size + 1)
+        texts = TextShape.of_captions(shape.text_length, shape.text_vocab_size)
         weights["ranker"] = {k: v.half() for k, v in tiny.clip(seed, shape=texts).state_dict().items()}
     write_bundle(
         out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights

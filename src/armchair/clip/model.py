@@ -109,9 +109,18 @@ class TextShape:
     length: int
     vocab_size: int
 
+    @classmethod
+    def of_captions(cls, length: int, vocab_size: int) -> "TextShape":
+        """For captions of `length` tokens out of `vocab_size`, filled up with a pad that is one past these: the end."""
+        return cls(length=length + 1, vocab_size=vocab_size + 1)
+
     @property
     def end_id(self) -> int:
         return self.vocab_size - 1
+
+    def with_end(self, captions: Tensor) -> Tensor:
+        """Captions (B, L - 1) as `of_captions` takes them -> (B, L): a full one has its end too."""
+        return F.pad(captions, (0, 1), value=self.end_id)
 
 
 class Attention(nn.Module):

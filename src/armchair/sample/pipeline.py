@@ -188,7 +188,7 @@ class Artist:
         self.prior = _load(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
         self.ranker: CLIP | None = None
         if ranker_config is not None:
-            texts = TextShape(length=shape.text_length + 1, vocab_size=shape.text_vocab_size + 1)
+            texts = TextShape.of_captions(shape.text_length, shape.text_vocab_size)
             self.ranker = _load(lambda: CLIP(ranker_config, texts), bundle, "ranker", device)
 
     @property
@@ -335,18 +335,15 @@ class Artist:
     def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Where the ranker puts images, (B, E) float32 of length one. Raises as `rank`."""
         ranker = self._ranker()
-        images = [images] if isinstance(images, Image.Image) else list(images)
-        if not images:
-            raise RequestError("images: expected at least one")
-        squares = stack([self._square(image, ranker.config.image.resolution) for image in images])
+        size = ranker.config.image.resolution
+        squares = stack([self._square(image, size) for image in _several(images)])
         with torch.inference_mode():
             return _in_micro_batches(lambda x: ranker.encode_images(x.to(self.device)).cpu(), squares)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Where the ranker puts texts, (B, E) float32 of length one. Raises as `rank`."""
         ranker = self._ranker()
-        tokens = torch.cat([self._tokens(text) for text in texts])
-        tokens = F.pad(tokens, (0, 1), value=self.text_tokenizer.pad_id)
+        tokens = ranker.shape.with_end(torch.cat([self._tokens(text) for text in texts]))
         with torch.inference_mode():
             return _in_micro_batches(lambda x: ranker.encode_text(x).cpu(), tokens)
 
@@ -363,10 +360,7 @@ class Artist:
 
         Raises RequestError for none, or for something that is not an image.
         """
-        images = [images] if isinstance(images, Image.Image) else list(images)
-        if not images:
-            raise RequestError("images: expected at least one")
-        return self._encode([self._square(image) for image in images])
+        return self._encode([self._square(image) for image in _several(images)])
 
     def decode(self, codes: np.ndarray | Sequence[Any]) -> list[Image.Image]:
         """Codes (B, S, S), integers in [0, K) -> B RGB images of R x R. Raises RequestError for others."""
@@ -573,6 +567,13 @@ def _load(make: Callable[[], M], bundle: Bundle, part: str, device: torch.device
             f"{bundle.path}: {part}.safetensors does not fit the bundle's recipe: {first}"
         ) from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def _several(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
+        raise RequestError("images: expected at least one")
+    return images
 
 
 def _in_micro_batches(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -146,7 +145,7 @@ class RankerStage:
         tokens = self.tokenizer.encode(
             captions, config.length, dropout=dropout, rng=rng, warn=not self.tokenizer.cut_count
         )
-        return F.pad(torch.from_numpy(tokens), (0, 1), value=self.tokenizer.pad_id)  # a full caption has its end too
+        return self.model.shape.with_end(torch.from_numpy(tokens))
 
     def _false_tokens(self, captions: Sequence[str], rng: np.random.Generator) -> Tensor | None:
         """(B, M, L); a caption of which nothing nearly right can be made gets another picture's."""

@@ -161,8 +161,7 @@ class Run:
         if config is None or training is None:
             raise RequestError(f"recipe {self.recipe.name} has no ranker: give it `ranker` and `ranker_training`")
         tokenizer = self.text_tokenizer()
-        # One position more than the prior's captions have, for the end; the pad is the end.
-        shape = TextShape(length=self.recipe.text_tokenizer.length + 1, vocab_size=tokenizer.vocab_size + 1)
+        shape = TextShape.of_captions(self.recipe.text_tokenizer.length, tokenizer.vocab_size)
         model = _initialised(lambda: CLIP(config, shape), self.recipe.seed, "ranker")
         # The share of a batch's pairs that belong together; with the 32,768 of the sigmoid loss's paper, its -10.
         torch.nn.init.constant_(model.bias, -math.log(training.batch_size))
