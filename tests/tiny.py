@@ -45,6 +45,7 @@ def prior(
     *patterns: str,
     width: int = 16,
     features: int = 0,
+    rotary: bool = False,
     codebook: Tensor | None = None,
     seed: int = 0,
     blank: bool = False,
@@ -57,6 +58,7 @@ def prior(
         attention=patterns,
         last_attention=None,
         code_features=features,
+        rotary=rotary,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,17 @@ from hypothesis import strategies as st
 
 import tiny
 from armchair.errors import RequestError
-from armchair.prior.attention import PATTERNS, ImageKeys, attend, sees, stream_mask
+from armchair.prior import attention
+from armchair.prior.attention import (
+    PATTERNS,
+    ImageKeys,
+    attend,
+    attend_plainly,
+    rotary_angles,
+    sees,
+    stream_mask,
+    turn,
+)
 
 grids = st.integers(1, 16)
 patterns = st.sampled_from(PATTERNS)
@@ -70,8 +82,14 @@ def test_the_cache_shows_each_token_just_what_it_may_see(pattern, grid):
 
 
 @settings(max_examples=30)
-@given(pattern=patterns, grid=st.integers(1, 6), heads=st.integers(1, 3), seed=st.integers(0, 99))
-def test_attention_equals_the_library_kernel(pattern, grid, heads, seed):
+@given(
+    pattern=patterns,
+    grid=st.integers(1, 6),
+    heads=st.integers(1, 3),
+    block=st.sampled_from([1, 5, 16, 96]),
+    seed=st.integers(0, 99),
+)
+def test_attention_equals_the_library_kernel_and_the_literal_version(pattern, grid, heads, block, seed):
     mask = stream_mask(pattern, 3, grid)
     g = tiny.seeded(seed)
     ours, theirs = [], []
@@ -79,10 +97,13 @@ def test_attention_equals_the_library_kernel(pattern, grid, heads, seed):
         x = torch.randn(2, heads, len(mask), 8, generator=g)
         ours.append(x.clone().requires_grad_())
         theirs.append(x.requires_grad_())
-    out, plain = attend(*ours, mask), F.scaled_dot_product_attention(*theirs, attn_mask=mask)
+    with mock.patch.object(attention, "ATTENTION_BLOCK", block):
+        out, plain = attend(*ours, mask), F.scaled_dot_product_attention(*theirs, attn_mask=mask)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend_plainly(*(x.detach() for x in ours), mask), plain.detach(), rtol=1e-5, atol=1e-5)
     weight = torch.randn(out.shape, generator=g)
-    (out * weight).sum().backward()
+    with mock.patch.object(attention, "ATTENTION_BLOCK", block):
+        (out * weight).sum().backward()
     (plain * weight).sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
@@ -95,6 +116,34 @@ def test_attention_is_the_same_past_the_length_where_the_kernel_takes_over():
     torch.testing.assert_close(
         attend(q, k, v, mask)[:, :, :500], attend(*(x[:, :, :500] for x in (q, k, v)), mask[:500, :500])
     )
+
+
+def test_a_turned_product_depends_on_how_far_apart_two_places_are():
+    grid, g = 5, tiny.seeded()
+    angles = rotary_angles(grid, 16)
+    q, k = torch.randn(16, generator=g), torch.randn(16, generator=g)
+    products = turn(q.expand(25, 16), angles) @ turn(k.expand(25, 16), angles).T
+    by_offset: dict[tuple[int, int], list[float]] = {}
+    for a in range(25):
+        for b in range(25):
+            (ra, ca), (rb, cb) = divmod(a, grid), divmod(b, grid)
+            by_offset.setdefault((ra - rb, ca - cb), []).append(float(products[a, b]))
+    assert all(max(x) - min(x) < 1e-4 for x in by_offset.values())
+    means = sorted(x[0] for x in by_offset.values())
+    assert len(means) == 81 and min(b - a for a, b in zip(means, means[1:], strict=False)) > 0  # each its own
+
+
+def test_turning_is_a_product_with_a_complex_number_and_so_is_its_gradient():
+    g = tiny.seeded()
+    x, angles, weight = (torch.randn(*shape, generator=g) for shape in ((2, 3, 7, 8), (7, 4), (2, 3, 7, 8)))
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    turned = turn(ours, angles)
+    z = torch.complex(*plain.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat([z.real, z.imag], -1)
+    torch.testing.assert_close(turned, expected)
+    (turned * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
 
 
 @pytest.mark.parametrize(

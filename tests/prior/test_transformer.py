@@ -31,9 +31,9 @@ def cached_image_logits(model: Prior, text: Tensor, codes: Tensor) -> Tensor:
     return torch.stack(logits, 1)
 
 
-def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: int) -> None:
+def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: int, rotary: bool = False) -> None:
     stream = tiny.shape(grid, text_length)
-    model = tiny.prior(stream, *patterns, seed=seed)
+    model = tiny.prior(stream, *patterns, seed=seed, rotary=rotary)
     text, codes = tiny.texts(2, stream, seed), tiny.codes(2, stream, seed)
     with torch.no_grad():
         whole = model(text, codes)[1]
@@ -44,9 +44,9 @@ def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: 
 
 
 @settings(max_examples=40)
-@given(patterns=layers, grid=grids, text_length=text_lengths, seed=seeds)
-def test_cached_and_uncached_logits_agree(patterns, grid, text_length, seed):
-    assert_cache_agrees(patterns, grid, text_length, seed)
+@given(patterns=layers, grid=grids, text_length=text_lengths, seed=seeds, rotary=st.booleans())
+def test_cached_and_uncached_logits_agree(patterns, grid, text_length, seed, rotary):
+    assert_cache_agrees(patterns, grid, text_length, seed, rotary)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -132,6 +132,11 @@ def test_pads_are_attended_to():
             16, generator=tiny.seeded()
         )  # the last position's pad
         assert ((model(text, codes)[1] - before).abs().amax(-1) > 1e-6).all()
+
+
+def test_heads_that_two_axes_cannot_share_are_refused():
+    with pytest.raises(RequestError, match="heads of 6"):
+        tiny.prior(tiny.shape(), "full", width=12, rotary=True)
 
 
 # Initialisation, loss and training.

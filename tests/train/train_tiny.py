@@ -23,7 +23,8 @@ RECIPE: dict[str, Any] = {
         "resolution": 64, "patch": 8, "n_groups": 2, "n_blocks": 1,
         "n_hid": 8, "n_init": 8, "codebook_size": 32,
     },
-    "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"], "code_features": 8},
+    "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"], "code_features": 8,
+              "rotary": True},
     "autoencoder_training": {**FIT, "images": 40, "matrix_lr": 0.01, "at_once": 2},
     "image_tokenizer_training": {
         **FIT, "lr": 2e-6, "tau_steps": 100, "kl_weight": 0.1, "kl_steps": 50,

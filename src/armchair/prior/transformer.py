@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armchair.errors import RequestError
-from armchair.prior.attention import ImageKeys, attend, check_pattern, stream_mask
+from armchair.prior.attention import ImageKeys, attend, check_pattern, rotary_angles, stream_mask, turn
 from armchair.prior.sequence import StreamShape, text_input_ids
 
 BASE_WIDTH = 256  # the width at which a recipe's step size is stated
@@ -43,6 +43,7 @@ class PriorConfig:
     attention: tuple[str, ...] = ("row", "column", "row", "row")  # repeated over the layers
     last_attention: str | None = "convolutional"  # the last layer's pattern, where it differs
     code_features: int = 0  # hidden units of `CodeVectors`; 0: a code has only the vectors it learns for itself (paper)
+    rotary: bool = False  # whether queries and keys turn by row and column; paper: no
 
     def __post_init__(self) -> None:
         for name, least in (("d_model", 1), ("n_layer", 1), ("n_head", 1), ("code_features", 0)):
@@ -50,6 +51,9 @@ class PriorConfig:
                 raise RequestError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.d_model % self.n_head:
             raise RequestError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
+        if self.rotary and self.d_model // self.n_head % 4:
+            size = self.d_model // self.n_head
+            raise RequestError(f"rotary: heads of {size} (d_model / n_head) cannot be shared by two axes; take 4, 8, …")
         if not self.attention:
             raise RequestError("attention: expected at least one pattern")
         for pattern in self.patterns:
@@ -176,6 +180,15 @@ class Prior(nn.Module):
                 raise RequestError("code_features: the image tokenizer has no vector for each of its codes")
             self.code_inputs = CodeVectors(codebook, config.code_features, d)
             self.code_outputs = CodeVectors(codebook, config.code_features, d)
+        self.query_angles: Tensor
+        self.key_angles: Tensor
+        if config.rotary:
+            # A query stands where the code that it helps to predict will be, a key where its own code is; in the text,
+            # and at the first code, nothing turns. Position T + j predicts code j and holds code j - 1.
+            angles = rotary_angles(shape.grid, d // config.n_head)
+            t = shape.text_length
+            self.register_buffer("query_angles", F.pad(angles, (0, 0, t, 0)), persistent=False)
+            self.register_buffer("key_angles", F.pad(angles[:-1], (0, 0, t + 1, 0)), persistent=False)
         for pattern in set(config.patterns):
             mask = stream_mask(pattern, shape.text_length, shape.grid)
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
@@ -217,6 +230,8 @@ class Prior(nn.Module):
         for block, pattern in zip(self.blocks, self.config.patterns, strict=True):
             mask = getattr(self, f"mask_{pattern}")
             q, k, v = block.attention.heads(block.attention_norm(x))
+            if self.config.rotary:
+                q, k = turn(q, self.query_angles), turn(k, self.key_angles)
             x = x + block.attention.merge(attend(q, k, v, mask))
             x = x + block.mlp(x)
         x = self.norm(x)
@@ -269,6 +284,9 @@ class Prior(nn.Module):
         x = x[:, None]  # (B, 1, D)
         for layer, block in enumerate(self.blocks):
             q, k, v = block.attention.heads(block.attention_norm(x))
+            if self.config.rotary:
+                t = self.shape.text_length + 1 + j
+                q, k = turn(q, self.query_angles[t, None]), turn(k, self.key_angles[t, None])
             k, v = cache.append(layer, j, k, v)
             x = x + block.attention.merge(F.scaled_dot_product_attention(q, k, v))
             x = x + block.mlp(x)
