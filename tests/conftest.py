@@ -8,6 +8,7 @@ import torch
 import tiny
 from armchair.bundle import write_bundle
 from armchair.card import render_card
+from armchair.cli import main
 from armchair.clip.model import TextShape
 from armchair.config import from_dict, to_dict
 from armchair.prior.sequence import StreamShape
@@ -21,15 +22,16 @@ hypothesis.settings.register_profile("armchair", deadline=None)
 hypothesis.settings.load_profile("armchair")
 
 
-def tiny_recipe_dict() -> dict[str, Any]:
-    """A recipe of 16 x 16 pictures, 4 x 4 codes and all four attention patterns; it names no data."""
+def tiny_recipe_dict(resolution: int = 16) -> dict[str, Any]:
+    """A recipe of 16 x 16 pictures, or larger, 4 x 4 codes and all four attention patterns; it names no data."""
     fit = {"batch_size": 4, "lr": 1e-3, "warmup": 1, "precision": "fp32"}
-    image_tokenizer = {"resolution": 16, "patch": 2, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8}
+    image_tokenizer = {"resolution": resolution, "patch": resolution // 8, "n_groups": 2, "n_blocks": 1}
+    image_tokenizer |= {"n_hid": 8, "n_init": 8}
     return {
         "name": "tiny",
         "description": "Random weights, for tests.",
         "licence": "none",
-        "data": {"resolution": 16, "crop": "square"},
+        "data": {"resolution": resolution, "crop": "square"},
         "text_tokenizer": {"vocab_size": 300, "length": 8},
         "image_tokenizer": {**image_tokenizer, "codebook_size": 32, "stem_kernel": 3},
         "prior": {
@@ -52,9 +54,11 @@ def tiny_recipe_dict() -> dict[str, Any]:
     }
 
 
-def write_tiny_bundle(out: Path, seed: int = 0, *, ranked: bool = False, **changes: Any) -> Path:
+def write_tiny_bundle(
+    out: Path, seed: int = 0, *, ranked: bool = False, resolution: int = 16, **changes: Any
+) -> Path:
     """A bundle of random weights at `out`, with a ranker if `ranked`; `changes` replace fields of its info."""
-    fields = tiny_recipe_dict()
+    fields = tiny_recipe_dict(resolution)
     if ranked:
         fields |= {"ranker": to_dict(tiny.clip_config()), "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
     recipe = from_dict(Recipe, fields)
@@ -96,3 +100,11 @@ def write_tiny_bundle(out: Path, seed: int = 0, *, ranked: bool = False, **chang
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a bundle that draws at once: 16 x 16 pixels, 4 x 4 codes, random weights."""
     return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve captioned images."""
+    out = tmp_path_factory.mktemp("data") / "pictures"
+    assert main(["data", "build", "shapes", "--out", str(out), "--count", "12", "--split", "val"]) == 0
+    return out

@@ -50,14 +50,6 @@ def draw(run: Run, tiny_bundle: Path) -> Run:
     return lambda *argv: run("draw", "--model", tiny_bundle, "--device", "cpu", *argv)
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of twelve captioned images."""
-    out = tmp_path_factory.mktemp("data") / "pictures"
-    assert main(["data", "build", "shapes", "--out", str(out), "--count", "12", "--split", "val"]) == 0
-    return out
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, pictures: Path) -> Path:
     path = tmp_path / "tiny.yaml"

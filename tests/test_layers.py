@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "bundle": BASE,
     "card": BASE,
     "sample": MODELS | {"bundle", "card"},
+    "importing": MODELS | {"bundle", "card"},
     "eval": DRAWING | {"data"},
     "train": DRAWING | {"data", "eval"},
 }

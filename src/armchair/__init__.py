@@ -20,14 +20,15 @@ __all__ = [
 ]
 
 
-def load(model: Any = None, device: str = "auto") -> "Artist":
+def load(model: Any = None, device: str = "auto", ranker: Any = None) -> "Artist":
     """Open a bundle for drawing: a path, a bundled name, a hub id, or None for the default.
 
-    Raises BundleError for a bundle that is missing or not whole, RequestError for an unknown device.
+    `ranker` names another bundle whose ranker shall judge the drawings, in place of the bundle's own. Raises
+    BundleError for a bundle that is missing or not whole, RequestError for an unknown device.
     """
     from armchair.sample.pipeline import load_artist
 
-    return load_artist(model, device)
+    return load_artist(model, device, ranker)
 
 
 def __getattr__(name: str) -> Any:

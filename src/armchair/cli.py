@@ -80,7 +80,8 @@ def _tell(error: Exception) -> int:
 
 
 def draw(args: argparse.Namespace) -> None:
-    from armchair.sample.pipeline import check_free, check_prompt, load_artist, target_paths
+    from armchair.sample.pipeline import check_free, load_artist, target_paths
+    from armchair.sample.ranker import check_prompt
 
     out, count = Path(args.out), args.keep or args.candidates
     for prompt in args.prompts:
@@ -88,7 +89,7 @@ def draw(args: argparse.Namespace) -> None:
     if len(args.prompts) > 1 and out.suffix.lower() == ".png" and not out.is_dir():
         raise RequestError(f"--out {out} is one file for {len(args.prompts)} prompts; name a folder")
     check_free([path for p in args.prompts for path in target_paths(out, p, count, args.grid)], args.force)
-    artist = load_artist(args.model, args.device)
+    artist = load_artist(args.model, args.device, args.ranker)
     results = []
     for prompt in args.prompts:
         began = time.perf_counter()
@@ -102,7 +103,8 @@ def complete(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from armchair.image.pixels import BrokenSample, read_image
-    from armchair.sample.pipeline import check_free, check_prompt, load_artist, target_paths
+    from armchair.sample.pipeline import check_free, load_artist, target_paths
+    from armchair.sample.ranker import check_prompt
 
     out = Path(args.out)
     check_prompt(args.prompt)
@@ -111,7 +113,7 @@ def complete(args: argparse.Namespace) -> None:
     except BrokenSample as broken:
         raise RequestError(f"{args.image}: {broken.cause}; expected a PNG, JPEG or the like") from None
     check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
-    artist = load_artist(args.model, args.device)
+    artist = load_artist(args.model, args.device, args.ranker)
     began = time.perf_counter()
     drawing = artist.complete(
         image, args.prompt, redraw=args.redraw, keep_top=args.keep_top, **_sampling(args)
@@ -300,6 +302,130 @@ def data_inspect(args: argparse.Namespace) -> None:
     print_rows(rows)
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    from armchair.eval.run import PAGE, EvaluateConfig
+    from armchair.eval.run import evaluate as measure
+    from armchair.sample.pipeline import load_artist
+
+    report = Path(args.report)
+    if args.human is not None:
+        return _human(args, report)
+    if os.path.lexists(report / PAGE) and not args.force:
+        raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
+    if report.exists() and not report.is_dir():
+        raise RequestError(f"{report} is a file; --report names a folder")
+    sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
+    config = EvaluateConfig(**sizes)
+    without: frozenset[str] = frozenset()
+    if args.without_overlap is not None:
+        lines = Path(args.without_overlap).read_text(encoding="utf-8").splitlines()
+        without = frozenset(line.strip() for line in lines if line.strip())
+    artist = load_artist(args.model, args.device, args.ranker)
+    began = time.perf_counter()
+    sections = measure(
+        artist,
+        args.data,
+        report,
+        train=args.train or (),
+        suites=args.suite or (),
+        features=args.features,
+        without=without,
+        config=config,
+        say=lambda text: say(f"{time.perf_counter() - began:5.0f} s  {text}"),
+    )
+    for section in sections:
+        if section.skipped:
+            say(f"{section.key}: not measured. {section.skipped}")
+    say(f"report -> {report / PAGE}")
+    if args.json:
+        sys.stdout.write((report / "report.json").read_text(encoding="utf-8"))
+
+
+def _human(args: argparse.Namespace, report: Path) -> None:
+    """Draw for both systems, unless that is done; serve the ballot; write the results when stopped."""
+    from armchair.eval.ballot import Ballot, results_plot
+    from armchair.eval.ballot_page import ballot_app
+    from armchair.eval.pairs import read_pairs
+    from armchair.sample.pipeline import load_artist
+
+    try:
+        import uvicorn
+    except ImportError:
+        raise RequestError("the ballot's page needs more packages: pip install 'armchair[evaluate,serve]'") from None
+    store = report / "ballot.sqlite"
+    if not store.exists():
+        artists = [load_artist(model, args.device, args.ranker) for model in (args.model, args.human)]
+        wanted = list(dict.fromkeys(read_pairs(args.data, artists[0], args.pictures or 100).captions))
+        names = [f"{artist.bundle.name} {artist.bundle.fingerprint[:8]}" for artist in artists]
+        drawn = []
+        for artist, name in zip(artists, names, strict=True):
+            say(f"{len(wanted)} drawings of {name}")
+            drawn.append(artist.draw_each(wanted, seed=args.seed or 0))
+        Ballot.create(store, (names[0], names[1]), wanted, *drawn, seed=args.seed or 0)
+    ballot = Ballot(store)
+    say(f"{ballot.about['first']} against {ballot.about['second']}: http://{args.host}:{args.port}/ (Ctrl-C ends it)")
+    server = uvicorn.Server(uvicorn.Config(ballot_app(ballot), host=args.host, port=args.port, log_level="warning"))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    results = ballot.results()
+    plot = results_plot(results)
+    (report / f"{plot.name}.png").write_bytes(plot.png)
+    (report / "ballot.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    say(f"results so far -> {report / 'ballot.json'}; the same command goes on with the vote")
+    if args.json:
+        print_json(results)
+
+
+def import_openai_clip(args: argparse.Namespace) -> None:
+    from armchair.importing.openai_clip import import_openai_clip
+
+    out = Path(args.out)
+    model = import_openai_clip(
+        Path(args.path),
+        out,
+        vocabulary=None if args.vocabulary is None else Path(args.vocabulary),
+        activation=args.activation,
+        force=args.force,
+    )
+    count = sum(p.numel() for p in model.parameters())
+    say(f"a ranker of {count / 1e6:.1f} M parameters -> {out}; armchair draw PROMPT --ranker {out} uses it")
+
+
+def data_overlap(args: argparse.Namespace) -> None:
+    from armchair.data.sources import DataConfig, open_source
+    from armchair.eval.overlap import find_overlap
+    from armchair.sample.ranker import load_ranker
+
+    out, sheet = (None if name is None else Path(name) for name in (args.out, args.sheet))
+    for path in (out, sheet):
+        if path is not None and os.path.lexists(path) and not args.force:
+            raise RequestError(f"{path} is there already: choose another name, or --force")
+    ranker = None if args.ranker is None else load_ranker(args.ranker, args.device)
+    train, bench = (open_source([path], DataConfig()) for path in (args.train, args.bench))
+    found = find_overlap(
+        train, bench, ranker=ranker, threshold=args.threshold, shown=args.pairs if sheet else 0, say=say
+    )
+    if sheet is not None:
+        found.sheet(args.pairs).save(sheet, format="PNG")
+        say(f"the {min(args.pairs, len(found.matches))} nearest pairs -> {sheet}; choose --threshold by looking")
+    if out is not None:
+        out.write_text("".join(f"{match.bench}\n" for match in found.duplicates), encoding="utf-8")
+        say(f"their keys -> {out}; armchair evaluate --without-overlap {out} leaves them out")
+    if args.json:
+        matches = [vars(match) for match in found.matches]
+        print_json({"compared_by": found.by, "threshold": found.threshold, "matches": matches})
+        return
+    share = len(found.duplicates) / len(found.matches)
+    print_rows(
+        {
+            "benchmark pictures": len(found.matches),
+            "in the training data": f"{len(found.duplicates)} ({share:.1%})",
+            "compared by": found.by,
+            "up to a distance of": found.threshold,
+        }
+    )
+
+
 def info(args: argparse.Namespace) -> None:
     from armchair.bundle import find_bundle, read_bundle
 
@@ -378,6 +504,7 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all, sorted)"
     )
+    p.add_argument("--ranker", metavar="M", help="a bundle whose ranker shall judge, in place of the model's own")
     p.add_argument(
         "--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)"
     )
@@ -470,6 +597,96 @@ def _inspect_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
+def _overlap_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("train", metavar="TRAIN", help="what was learned from: a folder, .tar shards, a glob or a range")
+    p.add_argument("bench", metavar="BENCH", help="what is to be measured on")
+    p.add_argument("--ranker", metavar="M", help="compare through this bundle's ranker (default: a perceptual hash)")
+    p.add_argument("--threshold", type=_number, metavar="D", help="cosine distance up to which two are the same")
+    p.add_argument("--out", metavar="LIST", help="write the keys of the benchmark pictures that were found, one a line")
+    p.add_argument("--sheet", metavar="FILE", help="write a PNG of the nearest pairs, nearest first, with distances")
+    p.add_argument("--pairs", type=_whole(1), default=48, metavar="N", help="pairs on the sheet (default: 48)")
+    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+    p.add_argument("--json", action="store_true", help="print every pair as JSON")
+    p.add_argument("--force", action="store_true", help="overwrite files")
+
+
+def _evaluate_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a bundle directory or .zip, a bundled name or a hub id")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="captioned images it did not learn from",
+    )
+    p.add_argument(
+        "--train",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="those it did: for the overfitting gap and near-copies",
+    )
+    p.add_argument("--report", required=True, metavar="DIR", help="where index.html, its pictures and report.json go")
+    p.add_argument(
+        "--suite",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="some of: reconstruction, likelihood, distribution, fidelity, best-of, diversity, memorising, probe",
+    )
+    p.add_argument(
+        "--features",
+        nargs="+",
+        default=["efficientnet-lite0"],
+        metavar="NAME",
+        help="what pictures are compared through: efficientnet-lite0 (the default), ranker, or a TorchScript file",
+    )
+    p.add_argument("--ranker", metavar="M", help="a bundle whose ranker shall judge, in place of the model's own")
+    p.add_argument(
+        "--without-overlap", metavar="LIST", help="leave out the pictures whose keys are in this file, one a line"
+    )
+    for name, what in (
+        ("pictures", "held-out pictures, and drawings of their captions (default: 500)"),
+        ("train-pictures", "training pictures to look for near-copies in (default: 5000)"),
+        ("prompts", "prompts of each split of the shapes world (default: 100)"),
+        ("best-of-prompts", "prompts for best of N (default: 24)"),
+        ("most", "candidates a prompt for best of N (default: 32; the paper has 512)"),
+        ("diversity-prompts", "prompts of which eight are drawn each (default: 24)"),
+        ("blur", "pictures at each blur radius, 0 for none (default: 128)"),
+        ("memorising", "drawings looked up among the training pictures (default: 500)"),
+        ("probe", "pictures for image to image (default: 32)"),
+        ("seed", "default: 0"),
+    ):
+        p.add_argument(f"--{name}", type=_whole(0), metavar="N", help=what)
+    p.add_argument(
+        "--human",
+        metavar="MODEL",
+        help="instead: let people judge MODEL's drawings against this one's, on a local page; --pictures captions",
+    )
+    p.add_argument("--host", default="127.0.0.1", help="of that page (default: 127.0.0.1)")
+    p.add_argument("--port", type=_whole(1, 65535), default=8765, metavar="P", help="of that page (default: 8765)")
+    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON too")
+    p.add_argument("--force", action="store_true", help="replace the report that is in DIR")
+
+
+def _import_clip_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", metavar="PATH", help="a .safetensors, .bin or .pt file of weights; nothing in it is run")
+    p.add_argument("--out", required=True, metavar="DIR", help="the bundle to write, a directory or a .zip")
+    p.add_argument(
+        "--vocabulary",
+        metavar="FILE",
+        help="bpe_simple_vocab_16e6.txt.gz, which comes with the models' code (default: the one beside PATH)",
+    )
+    p.add_argument(
+        "--activation",
+        default="quick_gelu",
+        help="quick_gelu (the default, OpenAI's models) or gelu (most of OpenCLIP's)",
+    )
+    p.add_argument("--force", action="store_true", help="replace the bundle that is at DIR")
+
+
 def _info_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given"
@@ -523,6 +740,25 @@ COMMANDS = {
         _inspect_flags,
         "count what is in captioned images, and look at some",
         "armchair data inspect my-pictures/ --sheet sheet.png",
+    ),
+    "data overlap": Command(
+        data_overlap,
+        _overlap_flags,
+        "find benchmark pictures that are in the training data, nearly",
+        "armchair data overlap 'train-{0000..0004}.tar' val-0000.tar --out overlap.txt --sheet overlap.png",
+    ),
+    "evaluate": Command(
+        evaluate,
+        _evaluate_flags,
+        "measure a model on pictures it has not seen, as a page with figures, plots and pictures",
+        "armchair evaluate emoji --data val-0000.tar --train 'train-{0000..0004}.tar' --report emoji-report",
+    ),
+    "import openai-clip": Command(
+        import_openai_clip,
+        _import_clip_flags,
+        "make a released CLIP's weights a ranker for one's own drawings",
+        "armchair import openai-clip ViT-B-32.pt --out clip-b32\n"
+        'armchair draw "a red apple" -n 64 --keep 4 --ranker clip-b32',
     ),
     "info": Command(
         info,
@@ -585,7 +821,7 @@ def _no_command(argv: list[str]) -> int:
 def _overview(group: str) -> str:
     commands = {name: c for name, c in COMMANDS.items() if name.startswith(group)}
     lines = [f"usage: armchair {group}COMMAND …", "", "Text-to-image models, from data to pictures.", ""]
-    lines += [f"  {name:14}{command.summary}" for name, command in commands.items()]
+    lines += [f"  {name:20}{command.summary}" for name, command in commands.items()]
     example = next(iter(commands.values())).example
     return "\n".join([*lines, "", "armchair COMMAND --help tells more. For example:", f"  {example}"])
 

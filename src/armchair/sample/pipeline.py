@@ -8,23 +8,22 @@ Needs torch, numpy, pillow, tokenizers and safetensors only: nothing of training
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from armchair.bundle import Bundle, bundled_names, find_bundle, read_bundle
-from armchair.clip.model import CLIP, CLIPConfig, TextShape
 from armchair.config import from_dict, to_dict
 from armchair.errors import BundleError, RequestError, WorkError
 from armchair.image.dvae import DVAE, DVAEConfig
-from armchair.image.pixels import BrokenSample, read_image, rgb, square, stack, to_pil
+from armchair.image.pixels import BrokenSample, read_image, stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig
@@ -39,22 +38,25 @@ from armchair.sample.generate import (
 )
 from armchair.sample.next_token import Settings
 from armchair.sample.png import output_paths, read_record, save_png
+from armchair.sample.ranker import (
+    BundleId,
+    Ranker,
+    check_prompt,
+    in_micro_batches,
+    load_part,
+    load_ranker,
+    open_ranker,
+    several,
+    square_of,
+)
 from armchair.text.bpe import TextTokenizer
 
 MAX_CANDIDATES = 4096
-MAX_PROMPT = 10_000  # characters; what is left over T tokens is cut anyway
 MAX_SEED = 2**63 - 1
 UNDRAWN = (128, 128, 128)  # of a partial picture
 SHEET_CELL = 256  # pixels, about, of a picture on a contact sheet
 
-M = TypeVar("M", bound=nn.Module)
 Rectangle = tuple[int, int, int, int]  # x, y, x2, y2 in pixels; x2 and y2 are exclusive
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundleId:
-    name: str
-    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class Record:
     model: str | None
     codes: tuple[tuple[int, ...], ...]
     score: float | None = None
+    ranker: BundleId | None = None  # whose score it is, where not the bundle's own ranker gave it
     rectangle: Rectangle | None = None
     forced: tuple[tuple[int, ...], ...] | None = None
 
@@ -91,6 +94,7 @@ class Drawing:
     settings: Settings
     bundle: BundleId
     model: str | None = None
+    ranker: BundleId | None = None  # whose the scores are, where not the bundle's own
     rectangle: Rectangle | None = None
     forced: np.ndarray | None = None  # int64 (S, S)
 
@@ -123,6 +127,7 @@ class Drawing:
             model=self.model,
             codes=self.codes[i].tolist(),
             score=self.scores[i],
+            ranker=self.ranker,
             rectangle=self.rectangle,
             forced=None if self.forced is None else self.forced.tolist(),
         )
@@ -142,7 +147,8 @@ class Drawing:
         return {**self._what(), "images": images}
 
     def _what(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "bundle": to_dict(self.bundle), "settings": to_dict(self.settings)}
+        ranker = {} if self.ranker is None else {"ranker": to_dict(self.ranker)}
+        return {"prompt": self.prompt, "bundle": to_dict(self.bundle), **ranker, "settings": to_dict(self.settings)}
 
 
 class Artist:
@@ -152,16 +158,20 @@ class Artist:
     candidates are drawn: candidate c depends on (seed, c) and on nothing else.
     """
 
-    def __init__(self, bundle: Bundle, *, device: torch.device, model: str | None = None) -> None:
-        """Raises BundleError, naming the part, for a bundle that lacks one or whose parts do not fit."""
+    def __init__(
+        self, bundle: Bundle, *, device: torch.device, model: str | None = None, ranker: Ranker | None = None
+    ) -> None:
+        """`ranker` takes the place of the bundle's own, or of none.
+
+        Raises BundleError, naming the part, for a bundle that lacks one or whose parts do not fit.
+        """
         info, where = bundle.info, f"{bundle.path}: bundle.json"
+        if bundle.parts == ("ranker",):
+            raise BundleError(f"{bundle.path}: this bundle only ranks; give it as the ranker of one that draws")
         try:
             recipe = info["recipe"]
             image_config = from_dict(DVAEConfig, recipe["image_tokenizer"], "recipe.image_tokenizer")
             prior_config = from_dict(PriorConfig, recipe["prior"], "recipe.prior")
-            ranker_config = None
-            if "ranker" in bundle.parts:
-                ranker_config = from_dict(CLIPConfig, recipe["ranker"], "recipe.ranker")
             defaults = {f.name: recipe["drawing"][f.name] for f in fields(Settings)}
             self.settings = from_dict(Settings, defaults, "recipe.drawing")
             shape = StreamShape(
@@ -183,13 +193,10 @@ class Artist:
                 f"bundle.json says {shape.text_vocab_size}"
             )
         self.bundle, self.model, self.device = bundle, model, device
-        self.image_tokenizer = _load(lambda: DVAE(image_config), bundle, "image_tokenizer", device)
+        self.image_tokenizer = load_part(lambda: DVAE(image_config), bundle, "image_tokenizer", device)
         codebook = self.image_tokenizer.code_vectors
-        self.prior = _load(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
-        self.ranker: CLIP | None = None
-        if ranker_config is not None:
-            texts = TextShape.of_captions(shape.text_length, shape.text_vocab_size)
-            self.ranker = _load(lambda: CLIP(ranker_config, texts), bundle, "ranker", device)
+        self.prior = load_part(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
+        self.ranker = open_ranker(bundle, device) if ranker is None and "ranker" in bundle.parts else ranker
 
     @property
     def id(self) -> BundleId:
@@ -229,6 +236,19 @@ class Artist:
         settings = self._settings(temperature, top_k, top_p, guidance)
         codes = self._draw(prompt, chosen, seed, settings)
         return self._drawing(prompt, chosen, seed, settings, codes, keep=keep)
+
+    def draw_each(self, prompts: Sequence[str], *, seed: int = 0, first: int = 0) -> list[Image.Image]:
+        """One picture a prompt, drawn together; that of prompt i is what `draw` has as its candidate `first` + i.
+
+        Raises as `draw`.
+        """
+        for prompt in prompts:
+            check_prompt(prompt)
+        tokens = torch.cat([self._tokens(prompt) for prompt in prompts])
+        candidates = range(_whole("first", first, 0, MAX_SEED), first + len(prompts))
+        uniforms = candidate_uniforms(_whole("seed", seed, 0, MAX_SEED), candidates, self.prior.shape.image_length)
+        codes = draw_codes(self.prior, tokens, range(len(prompts)), uniforms, self.settings)
+        return self._decode(codes.cpu().numpy())
 
     def draw_stream(
         self,
@@ -276,7 +296,7 @@ class Artist:
         rectangle = _rectangle(redraw, keep_top, self.resolution)
         chosen, keep = self._candidates(candidates, keep)
         settings = self._settings(temperature, top_k, top_p, guidance)
-        original = self._square(image)
+        original = square_of(image, self.resolution)
         forced = self._encode([original])[0]
         x, y, x2, y2 = rectangle
         cell = self.resolution // self.grid
@@ -318,34 +338,25 @@ class Artist:
                 "another device, or with another version of PyTorch"
             )
         drawing = self._drawing(
-            record.prompt, chosen, record.seed, record.settings, codes, record.rectangle, forced, original
+            record.prompt,
+            chosen,
+            record.seed,
+            record.settings,
+            codes,
+            record.rectangle,
+            forced,
+            original,
+            rank=False,  # the recorded score stays, so that the same file comes out
         )
-        # So that the same file comes out; a score's last bits depend on who was ranked beside it.
-        return replace(drawing, model=record.model, scores=[record.score])
+        return replace(drawing, model=record.model, scores=[record.score], ranker=record.ranker)
 
-    def rank(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
-        """Scores of images for a prompt, cosines in [-1, 1], higher is better.
-
-        Images of other sizes are cut square and resized. Raises RequestError where the bundle has no ranker.
-        """
-        check_prompt(prompt)
-        pictures, (text,) = self.embed_images(images), self.embed_texts([prompt])
-        return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
-
-    def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Where the ranker puts images, (B, E) float32 of length one. Raises as `rank`."""
-        ranker = self._ranker()
-        size = ranker.config.image.resolution
-        squares = stack([self._square(image, size) for image in _several(images)])
-        with torch.inference_mode():
-            return _in_micro_batches(lambda x: ranker.encode_images(x.to(self.device)).cpu(), squares)
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Where the ranker puts texts, (B, E) float32 of length one. Raises as `rank`."""
-        ranker = self._ranker()
-        tokens = ranker.shape.with_end(torch.cat([self._tokens(text) for text in texts]))
-        with torch.inference_mode():
-            return _in_micro_batches(lambda x: ranker.encode_text(x).cpu(), tokens)
+    def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
+        """Scores of images for a prompt, as `Ranker.rank`. Raises RequestError where there is no ranker, too."""
+        if self.ranker is None:
+            raise RequestError(
+                f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures; name another bundle's"
+            )
+        return self.ranker.rank(images, prompt)
 
     @torch.inference_mode()
     def likelihood(self, image: Image.Image, prompt: str) -> float:
@@ -360,7 +371,7 @@ class Artist:
 
         Raises RequestError for none, or for something that is not an image.
         """
-        return self._encode([self._square(image) for image in _several(images)])
+        return self._encode([square_of(image, self.resolution) for image in several(images)])
 
     def decode(self, codes: np.ndarray | Sequence[Any]) -> list[Image.Image]:
         """Codes (B, S, S), integers in [0, K) -> B RGB images of R x R. Raises RequestError for others."""
@@ -436,14 +447,15 @@ class Artist:
         forced: np.ndarray | None = None,
         original: np.ndarray | None = None,
         keep: int | None = None,
+        rank: bool = True,
     ) -> Drawing:
         images = self._decode(codes)
         if rectangle is not None and original is not None:
             images = [_keep_outside(image, original, rectangle) for image in images]
         scores: list[float | None] = [None] * len(images)
         order = list(range(len(images)))
-        if self.ranker is not None:
-            ranked = self.rank(images, prompt)
+        if rank and self.ranker is not None:
+            ranked = self.ranker.rank(images, prompt)
             order.sort(key=lambda i: -ranked[i])  # stable: of equal ones the first drawn comes first
             scores = list(ranked)
         order = order[:keep]
@@ -457,47 +469,36 @@ class Artist:
             settings=settings,
             bundle=self.id,
             model=self.model,
+            ranker=None if self.ranker is None or self.ranker.id == self.id else self.ranker.id,
             rectangle=rectangle,
             forced=forced,
         )
 
-    def _ranker(self) -> CLIP:
-        if self.ranker is None:
-            raise RequestError(f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures")
-        return self.ranker
-
-    def _square(self, image: Image.Image, size: int | None = None) -> np.ndarray:
-        if not isinstance(image, Image.Image):
-            raise RequestError(f"image: expected a PIL image, got {type(image).__name__}")
-        if not min(image.size):
-            raise RequestError(f"image: expected at least one pixel, got {image.width} x {image.height}")
-        try:
-            return square(np.asarray(rgb(image)), size or self.resolution)
-        except BrokenSample as broken:
-            raise RequestError(f"image: {broken.cause}; expected 8-bit RGB or grey") from None
-
     @torch.inference_mode()
     def _encode(self, squares: list[np.ndarray]) -> np.ndarray:
         encode = self.image_tokenizer.encode
-        return _in_micro_batches(lambda x: encode(x.to(self.device)).cpu(), stack(squares)).numpy()
+        return in_micro_batches(lambda x: encode(x.to(self.device)).cpu(), stack(squares)).numpy()
 
     def _decode(self, codes: np.ndarray) -> list[Image.Image]:
-        return to_pil(_in_micro_batches(self._pixels, torch.from_numpy(codes)))
+        return to_pil(in_micro_batches(self._pixels, torch.from_numpy(codes)))
 
     @torch.inference_mode()
     def _pixels(self, codes: Tensor) -> Tensor:
         return self.image_tokenizer.decode(codes.to(self.device)).cpu()
 
 
-def load_artist(model: str | Path | None = None, device: str = "auto") -> Artist:
+def load_artist(
+    model: str | Path | None = None, device: str = "auto", ranker: str | Path | None = None
+) -> Artist:
     """Open a bundle for drawing: a directory, a zip, a bundled name, a hub id, or None for the default.
 
-    `device` is `auto`, `cpu` or `cuda`. Raises BundleError for a bundle that is missing or not whole, and
-    RequestError for a device that is not here.
+    `device` is `auto`, `cpu` or `cuda`. `ranker` names another bundle whose ranker shall judge. Raises BundleError for
+    a bundle that is missing or not whole, and RequestError for a device that is not here.
     """
     asked = None if model is None else str(model)
     chosen = pick_device(device)
-    return Artist(read_bundle(find_bundle(asked)), device=chosen, model=asked)
+    judge = None if ranker is None else load_ranker(ranker, device)
+    return Artist(read_bundle(find_bundle(asked)), device=chosen, model=asked, ranker=judge)
 
 
 def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None = None) -> Drawing:
@@ -514,16 +515,6 @@ def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None 
             raise
         artist = load_artist(record.bundle.name, device)
     return artist.redraw(path)
-
-
-def check_prompt(prompt: str) -> None:
-    """Raises RequestError for a prompt that is empty or has more than 10,000 characters."""
-    if not isinstance(prompt, str):
-        raise RequestError(f"prompt: expected text, got {type(prompt).__name__}")
-    if not prompt.strip():
-        raise RequestError("prompt: expected some words, got an empty text")
-    if len(prompt) > MAX_PROMPT:
-        raise RequestError(f"prompt: expected at most {MAX_PROMPT} characters, got {len(prompt)}")
 
 
 def target_paths(out: Path, name: str, count: int, grid: bool = False) -> list[Path]:
@@ -553,36 +544,6 @@ def check_free(paths: Sequence[Path], force: bool) -> None:
             raise RequestError(f"cannot write {path}: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise RequestError(f"cannot write {path}: no permission to write in {folder}")
-
-
-def _load(make: Callable[[], M], bundle: Bundle, part: str, device: torch.device) -> M:
-    weights = bundle.weights(part)
-    with torch.random.fork_rng(devices=[]):  # the random start, soon overwritten, leaves no trace outside
-        model = make()
-    try:
-        model.load_state_dict(weights)  # copies 16 bits into 32
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:200]  # line 0 only says that there are errors
-        raise BundleError(
-            f"{bundle.path}: {part}.safetensors does not fit the bundle's recipe: {first}"
-        ) from None
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _several(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
-    images = [images] if isinstance(images, Image.Image) else list(images)
-    if not images:
-        raise RequestError("images: expected at least one")
-    return images
-
-
-def _in_micro_batches(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`f` on MICRO_BATCH rows at a time, filled up, so that no row depends on how many there are."""
-    done = []
-    for start in range(0, len(x), MICRO_BATCH):
-        rows = torch.arange(start, start + MICRO_BATCH).clamp(max=len(x) - 1)
-        done.append(f(x[rows])[: len(x) - start])
-    return torch.cat(done)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

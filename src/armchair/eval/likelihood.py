@@ -1,0 +1,58 @@
+"""How well the prior predicts captions and codes it has not seen, and those that it has."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armchair.eval.figures import Cell, Figure, Section, Table, bootstrap, mean_figure
+from armchair.eval.pairs import Context, Pairs
+
+BATCH = 32
+LN2 = float(np.log(2))
+
+
+def likelihood(context: Context) -> Section:
+    held_text, held_image = _bits(context, context.held_out)
+    rows: list[tuple[Cell, ...]] = [("held out", mean_figure(held_text), mean_figure(held_image))]
+    note = "Give --train for the same on what the model learned from: the gap between the two is its overfitting."
+    if context.train is not None:
+        seen_text, seen_image = _bits(context, context.train)
+        rows.append(("training", mean_figure(seen_text), mean_figure(seen_image)))
+        rows.append(("gap", _gap(held_text, seen_text), _gap(held_image, seen_image)))
+        note = "The gap, held out less training, is the overfitting."
+    length, count = context.artist.prior.shape.image_length, len(context.held_out)
+    return Section(
+        key="likelihood",
+        title="Likelihood",
+        protocol=(
+            f"-log2 p a token, float32, a mean over the tokens of a picture ({length} codes; text positions up to the "
+            f"caption's length, pads counted, as in training) and then over {count} pictures with their first caption. "
+            f"{note}"
+        ),
+        tables=[Table(title="Bits a token", columns=("", "bits a text token", "bits an image token"), rows=rows)],
+    )
+
+
+@torch.inference_mode()
+def _bits(context: Context, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    artist = context.artist
+    prior = artist.prior
+    tokens = torch.from_numpy(artist.text_tokenizer.encode(pairs.captions, prior.shape.text_length)).to(artist.device)
+    codes = torch.from_numpy(artist.encode(context.pil(pairs.images))).flatten(1).to(artist.device)
+    text: list[Tensor] = []
+    image: list[Tensor] = []
+    for t, c in zip(tokens.split(BATCH), codes.split(BATCH), strict=True):
+        text_logits, image_logits = prior(t, c)
+        text.append(F.cross_entropy(text_logits.float().transpose(1, 2), t, reduction="none").mean(1))
+        image.append(F.cross_entropy(image_logits.float().transpose(1, 2), c, reduction="none").mean(1))
+    return torch.cat(text).cpu().numpy() / LN2, torch.cat(image).cpu().numpy() / LN2
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> Figure:
+    rng = np.random.Generator(np.random.PCG64(1))
+
+    def resampled(i: np.ndarray) -> float:
+        return float(a[i].mean() - b[rng.integers(len(b), size=len(b))].mean())
+
+    return Figure(value=float(a.mean() - b.mean()), interval=bootstrap(len(a), resampled), count=min(len(a), len(b)))

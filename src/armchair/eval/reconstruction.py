@@ -1,0 +1,69 @@
+"""What the image tokenizer loses: held-out pictures through the codes and back."""
+
+import numpy as np
+import torch
+
+from armchair.errors import RequestError
+from armchair.eval.distances import fid_figure
+from armchair.eval.figures import Cell, Figure, Picture, Section, Table, mean_figure
+from armchair.eval.pairs import Context
+from armchair.image.pixels import stack
+from armchair.image.sheet import contact_sheet
+
+SHOWN = 8
+
+
+def reconstruction(context: Context) -> Section:
+    artist, images = context.artist, context.held_out.images
+    codes = artist.encode(context.pil(images))
+    returned = [np.asarray(image) for image in artist.decode(codes)]
+    context.once("returned", lambda: returned)
+    errors = [((a / 255.0 - b / 255.0) ** 2).mean() for a, b in zip(images, returned, strict=True)]
+    psnr = [min(99.0, -10 * np.log10(max(e, 1e-12))) for e in errors]
+    counts = np.bincount(codes.ravel(), minlength=artist.image_tokenizer.codebook_size)
+    p = counts[counts > 0] / counts.sum()
+    rows: list[tuple[Cell, ...]] = [
+        ("PSNR, dB", mean_figure(psnr)),
+        ("SSIM", mean_figure(_ssim(images, returned))),
+        ("codes in use, share", Figure(value=float((counts > 0).mean()), count=len(images))),
+        ("perplexity of the codes", Figure(value=float(np.exp(-(p * np.log(p)).sum())), count=len(images))),
+        ("distinct codes a picture, median", Figure(value=float(np.median([len(np.unique(c)) for c in codes])))),
+    ]
+    tables = [Table(title="Round trips", columns=("", "value"), rows=rows)]
+    for network in context.networks:
+        real = context.extracted(network, "held-out pictures", images).features
+        back = context.extracted(network, "their round trips", returned).features
+        tables.append(
+            Table(
+                title=f"rFID over {network.name}",
+                columns=("", "rFID"),
+                rows=[("held-out pictures and their round trips", fid_figure(real, back))],
+                features=f"{network.name} ({network.fingerprint})",
+            )
+        )
+    shown = [image for pair in zip(images[:SHOWN], returned[:SHOWN], strict=True) for image in pair]
+    sheet = contact_sheet(context.pil(shown), None, columns=SHOWN, scale=max(1, 128 // artist.resolution))
+    return Section(
+        key="reconstruction",
+        title="Reconstruction",
+        protocol=(
+            f"{len(images)} held-out pictures, cut square and resized by area to {artist.resolution} x "
+            f"{artist.resolution}, encoded to codes (argmax) and decoded. PSNR and SSIM (torchmetrics, Gaussian window "
+            "of 11, data range 1) on RGB in [0, 1], means over pictures. rFID is the FID of the pictures and their "
+            "round trips."
+        ),
+        tables=tables,
+        pictures=[Picture.of("reconstruction", sheet, "Held-out pictures, each followed by its round trip")],
+    )
+
+
+def _ssim(images: list[np.ndarray], returned: list[np.ndarray]) -> np.ndarray:
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except ImportError:
+        raise RequestError("evaluation needs more packages: pip install 'armchair[evaluate]'") from None
+    found = [
+        ssim(stack(returned[i : i + 64]), stack(images[i : i + 64]), data_range=1.0, reduction="none")
+        for i in range(0, len(images), 64)
+    ]
+    return torch.cat([torch.as_tensor(f).flatten() for f in found]).numpy()

@@ -1,0 +1,164 @@
+"""A ranker for use: CLIP with the text tokenizer that it reads captions through, on PIL images and strings.
+
+Legend: B rows, E size of the shared space, L text length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from armchair.bundle import Bundle, find_bundle, read_bundle
+from armchair.clip.model import CLIP, CLIPConfig, TextShape
+from armchair.config import from_dict
+from armchair.errors import BundleError, RequestError
+from armchair.image.pixels import BrokenSample, rgb, square, stack
+from armchair.runtime import pick_device
+from armchair.sample.generate import MICRO_BATCH
+from armchair.text.bpe import TextTokenizer
+from armchair.text.clip_bpe import ClipTextTokenizer
+
+MAX_PROMPT = 10_000  # characters; what is left over a model's tokens is cut anyway
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleId:
+    name: str
+    fingerprint: str
+
+
+class Ranker:
+    """Scores pictures for a prompt (paper, section 2.6; Radford et al., 2021)."""
+
+    def __init__(
+        self, model: CLIP, read_texts: Callable[[Sequence[str]], Tensor], *, id: BundleId, device: torch.device
+    ):
+        self.model, self.id, self.device = model, id, device
+        self._read_texts = read_texts
+
+    def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
+        """Scores of images for a prompt, cosines in [-1, 1], higher is better.
+
+        Images of other sizes are cut square and resized. Raises RequestError for no image, or no prompt.
+        """
+        check_prompt(prompt)
+        pictures, (text,) = self.embed_images(images), self.embed_texts([prompt])
+        return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
+
+    def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """Where images lie in the shared space, (B, E) float32 of length one. Raises as `rank`."""
+        size = self.model.config.image.resolution
+        squares = stack([square_of(image, size) for image in several(images)])
+        with torch.inference_mode():
+            return in_micro_batches(lambda x: self.model.encode_images(x.to(self.device)).cpu(), squares)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Where texts lie in the shared space, (B, E) float32 of length one."""
+        with torch.inference_mode():
+            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), self._read_texts(texts))
+
+
+def load_ranker(model: str | Path, device: str = "auto") -> Ranker:
+    """The ranker of a bundle that was trained with one, or of one that `armchair import openai-clip` wrote.
+
+    Raises BundleError for a bundle that is missing, not whole or without a ranker.
+    """
+    return open_ranker(read_bundle(find_bundle(str(model))), pick_device(device))
+
+
+def open_ranker(bundle: Bundle, device: torch.device) -> Ranker:
+    """The same for a bundle that is open."""
+    if "ranker" not in bundle.parts:
+        raise BundleError(f"{bundle.path}: this bundle has no ranker")
+    if bundle.text_tokenizer is None:
+        raise BundleError(f"{bundle.path}: no text_tokenizer.json in this bundle")
+    info = bundle.info
+    read_texts: Callable[[Sequence[str]], Tensor]
+    try:
+        if "ranker" in info:  # imported: the released models have a text tokenizer of their own
+            config = from_dict(CLIPConfig, info["ranker"], "ranker")
+            clip_tokenizer = ClipTextTokenizer.from_json(bundle.text_tokenizer)
+            length = _whole_field(info["text_length"])
+            shape = TextShape(length=length, vocab_size=clip_tokenizer.vocab_size)
+
+            def read_texts(texts: Sequence[str]) -> Tensor:
+                return torch.from_numpy(clip_tokenizer.encode(texts, length))
+        else:
+            config = from_dict(CLIPConfig, info["recipe"]["ranker"], "recipe.ranker")
+            tokenizer = TextTokenizer.from_json(bundle.text_tokenizer)
+            length = _whole_field(info["recipe"]["text_tokenizer"]["length"])
+            shape = TextShape.of_captions(length, tokenizer.vocab_size)
+
+            def read_texts(texts: Sequence[str]) -> Tensor:
+                return shape.with_end(torch.from_numpy(tokenizer.encode(texts, length)))
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{bundle.path}: bundle.json lacks what ranking needs, or has it wrong: {error}") from None
+    except RequestError as error:
+        raise BundleError(f"{bundle.path}: bundle.json: {error}") from None
+    model = load_part(lambda: CLIP(config, shape), bundle, "ranker", device)
+    return Ranker(model, read_texts, id=BundleId(name=bundle.name, fingerprint=bundle.fingerprint), device=device)
+
+
+def load_part(make: Callable[[], M], bundle: Bundle, part: str, device: torch.device) -> M:
+    """The model that `make` builds, with the weights of a bundle's part. Raises BundleError where they do not fit."""
+    weights = bundle.weights(part)
+    with torch.random.fork_rng(devices=[]):  # the random start, soon overwritten, leaves no trace outside
+        model = make()
+    try:
+        model.load_state_dict(weights)  # copies 16 bits into 32
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:200]  # line 0 only says that there are errors
+        raise BundleError(f"{bundle.path}: {part}.safetensors does not fit the bundle's recipe: {first}") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises RequestError for a prompt that is empty or has more than 10,000 characters."""
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt: expected text, got {type(prompt).__name__}")
+    if not prompt.strip():
+        raise RequestError("prompt: expected some words, got an empty text")
+    if len(prompt) > MAX_PROMPT:
+        raise RequestError(f"prompt: expected at most {MAX_PROMPT} characters, got {len(prompt)}")
+
+
+def several(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """One image or more as a list. Raises RequestError for none."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
+        raise RequestError("images: expected at least one")
+    return images
+
+
+def square_of(image: Image.Image, size: int) -> np.ndarray:
+    """An image cut square and resized, uint8 (size, size, 3). Raises RequestError for what is no image."""
+    if not isinstance(image, Image.Image):
+        raise RequestError(f"image: expected a PIL image, got {type(image).__name__}")
+    if not min(image.size):
+        raise RequestError(f"image: expected at least one pixel, got {image.width} x {image.height}")
+    try:
+        return square(np.asarray(rgb(image)), size)
+    except BrokenSample as broken:
+        raise RequestError(f"image: {broken.cause}; expected 8-bit RGB or grey") from None
+
+
+def in_micro_batches(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`f` on MICRO_BATCH rows at a time, filled up, so that no row depends on how many there are."""
+    done = []
+    for start in range(0, len(x), MICRO_BATCH):
+        rows = torch.arange(start, start + MICRO_BATCH).clamp(max=len(x) - 1)
+        done.append(f(x[rows])[: len(x) - start])
+    return torch.cat(done)
+
+
+def _whole_field(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected a whole number, got {value!r}")
+    return value

@@ -1,0 +1,234 @@
+"""The ballot: who is asked what, that nobody can tell whose picture it is, and how votes are counted."""
+
+import io
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.cookiejar import CookieJar
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from armchair.cli import main
+from armchair.errors import RequestError
+from armchair.eval.ballot import QUESTIONS, Ballot, results_plot
+from armchair.eval.ballot_page import PAGE, ballot_app
+
+PAIRS = 14
+RED, BLUE = (220, 30, 30), (30, 30, 220)
+
+
+def stripes(colour: tuple[int, int, int], seed: int) -> Image.Image:
+    pixels = np.full((8, 8, 3), colour, np.uint8)
+    pixels[seed % 8] = 255  # its own pixels in disorder look different
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def ballot(tmp_path: Path) -> Ballot:
+    """Red against blue."""
+    captions = [f"picture {i}" for i in range(PAIRS)]
+    first, second = ([stripes(c, i) for i in range(PAIRS)] for c in (RED, BLUE))
+    return Ballot.create(tmp_path / "ballot.sqlite", ("red", "blue"), captions, first, second)
+
+
+def shown(ballot: Ballot, pair: int, side: str, voter: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(ballot.picture(pair, side, voter))))
+
+
+def is_red(pixels: np.ndarray) -> bool:
+    return np.median(pixels[..., 0]) > np.median(pixels[..., 2])
+
+
+def is_check(ballot: Ballot, pair: int, voter: str) -> bool:
+    return is_red(shown(ballot, pair, "left", voter)) == is_red(shown(ballot, pair, "right", voter))
+
+
+def ordered(pixels: np.ndarray) -> bool:
+    """Whether white is in one row."""
+    return int((pixels == 255).all(-1).sum(1).max()) == 8
+
+
+def vote_all(ballot: Ballot, voter: str, red: float, careful: bool = True, rng: random.Random | None = None) -> int:
+    """Judge everything; prefers red with the probability `red`."""
+    rng, count = rng or random.Random(voter), 0
+    while (ask := ballot.next(voter)) is not None:
+        left = shown(ballot, ask.pair, "left", voter)
+        for question in QUESTIONS:
+            if is_check(ballot, ask.pair, voter):
+                right = ordered(left) if careful else not ordered(left)
+                ballot.vote(ask.pair, voter, question, "left" if right else "right")
+            else:
+                wants_red = rng.random() < red
+                ballot.vote(ask.pair, voter, question, "left" if is_red(left) == wants_red else "right")
+        count += 1
+        assert count <= 2 * PAIRS
+    return count
+
+
+def test_each_pair_gets_five_votes_and_then_no_more(ballot: Ballot) -> None:
+    for n in range(5):
+        assert vote_all(ballot, f"voter{n}", red=1) == PAIRS + 2  # two checks
+    assert vote_all(ballot, "voter5", red=1) == 2  # the checks only
+    results = ballot.results()
+    assert results["pairs"] == PAIRS and results["voters"] == 6 and results["voters_left_out"] == 0
+    for found in results["questions"].values():
+        assert (found["first"], found["second"], found["tie"]) == (PAIRS, 0, 0)
+        assert found["votes"] == 5 * PAIRS and found["unanimous"] == PAIRS
+        assert found["first_share"]["value"] == 1 and found["alpha"] is None  # one answer only
+
+
+def test_pairs_with_few_votes_come_first(ballot: Ballot) -> None:
+    vote_all(ballot, "early", red=1)
+    seen = []
+    for n in range(4):
+        ask = ballot.next(f"late{n}")
+        while is_check(ballot, ask.pair, f"late{n}"):
+            for question in QUESTIONS:
+                ballot.vote(ask.pair, f"late{n}", question, "tie")
+            ask = ballot.next(f"late{n}")
+        for question in QUESTIONS:
+            ballot.vote(ask.pair, f"late{n}", question, "tie")
+        seen.append(ask.pair)
+    assert len(set(seen)) == 4
+
+
+def test_sides_change_with_pair_and_voter_and_stay_for_one_voter(ballot: Ballot) -> None:
+    sides = [
+        is_red(shown(ballot, pair, "left", f"voter{n}"))
+        for n in range(10)
+        for pair in range(1, 15)
+        if not is_check(ballot, pair, "x")
+    ]
+    assert 0.3 < np.mean(sides) < 0.7
+    for pair in (1, 2, 3):
+        one, two = (ballot.picture(pair, "left", "same") for _ in range(2))
+        assert one == two and one != ballot.picture(pair, "right", "same")
+
+
+def test_whoever_misses_checks_is_not_counted(ballot: Ballot) -> None:
+    for n in range(5):
+        vote_all(ballot, f"voter{n}", red=1)
+    before = ballot.results()["questions"]
+    vote_all(ballot, "careless", red=0, careful=False)
+    after = ballot.results()
+    assert after["voters_left_out"] == 1 and after["questions"] == before
+
+
+def test_majorities_draws_and_changed_minds(ballot: Ballot) -> None:
+    pair = next(p for p in range(1, 15) if not is_check(ballot, p, "x"))
+
+    def say(voter: str, wants: str) -> None:
+        left_is_red = is_red(shown(ballot, pair, "left", voter))
+        choice = "tie" if wants == "tie" else "left" if (wants == "red") == left_is_red else "right"
+        ballot.vote(pair, voter, "caption", choice)
+
+    for voter, wants in zip("abcde", ("red", "red", "blue", "blue", "tie"), strict=True):
+        say(voter, wants)
+    found = ballot.results()["questions"]["caption"]
+    assert (found["pairs"], found["tie"], found["first"]) == (1, 1, 0) and found["first_share"] is None
+    say("e", "red")  # thought better of it
+    found = ballot.results()["questions"]["caption"]
+    assert (found["pairs"], found["tie"], found["first"], found["votes"]) == (1, 0, 1, 5)
+    assert ballot.results()["questions"]["realistic"]["pairs"] == 0
+
+
+def test_agreement_is_krippendorffs(ballot: Ballot) -> None:
+    """Against the definition: 1 - observed over expected disagreement of pairs of votes."""
+    rng = random.Random(1)
+    for n in range(5):
+        vote_all(ballot, f"voter{n}", red=0.7, rng=rng)
+    with ballot._store() as store:
+        rows = store.execute(
+            "SELECT pair, choice FROM votes JOIN pairs ON pair = id WHERE question = 'caption' AND NOT is_check"
+        ).fetchall()
+    by_pair: dict[int, list[str]] = {}
+    for pair, choice in rows:
+        by_pair.setdefault(pair, []).append(choice)
+    everything = [c for votes in by_pair.values() for c in votes]
+    observed = sum(
+        sum(a != b for i, a in enumerate(v) for j, b in enumerate(v) if i != j) / (len(v) - 1) for v in by_pair.values()
+    ) / len(everything)
+    n = len(everything)
+    expected = sum(a != b for i, a in enumerate(everything) for j, b in enumerate(everything) if i != j) / (n * (n - 1))
+    assert ballot.results()["questions"]["caption"]["alpha"] == pytest.approx(1 - observed / expected, abs=1e-9)
+    found = ballot.results()["questions"]["caption"]
+    low, high = found["first_share"]["interval"]
+    assert low <= found["first_share"]["value"] <= high
+    assert results_plot(ballot.results()).png[:4] == b"\x89PNG"
+
+
+def test_several_vote_at_once_and_nothing_is_lost(ballot: Ballot) -> None:
+    threads = [threading.Thread(target=vote_all, args=(Ballot(ballot.path), f"voter{n}", 1.0)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = Ballot(ballot.path).results()
+    assert results["questions"]["caption"]["first"] == PAIRS and results["voters"] == 5
+
+
+def test_wrong_votes_and_files_are_refused(ballot: Ballot, tmp_path: Path) -> None:
+    for wrong in ((1, "v", "beauty", "left"), (1, "v", "caption", "up"), (99, "v", "caption", "left")):
+        with pytest.raises(RequestError):
+            ballot.vote(*wrong)
+    with pytest.raises(RequestError, match="no pair"):
+        ballot.picture(99, "left", "v")
+    with pytest.raises(RequestError, match="people's votes"):
+        Ballot.create(ballot.path, ("a", "b"), ["x"], [stripes(RED, 0)], [stripes(BLUE, 0)])
+    (tmp_path / "other").write_text("not a database, but long enough to be looked at" * 30)
+    with pytest.raises(RequestError, match="not a ballot"):
+        Ballot(tmp_path / "other")
+
+
+@pytest.fixture
+def address(ballot: Ballot):
+    server = uvicorn.Server(uvicorn.Config(ballot_app(ballot), port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_vote_through_the_page(address: str, ballot: Ballot) -> None:
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
+    assert browser.open(address).read().decode() == PAGE
+    ask = json.load(browser.open(f"{address}ballot/next"))
+    assert ask["done"] == 0 and [name for name, _ in ask["questions"]] == list(QUESTIONS)
+    assert "red" not in json.dumps(ask) and "blue" not in json.dumps(ask)
+    sides = [browser.open(f"{address}ballot/picture/{ask['pair']}/{side}").read() for side in ("left", "right")]
+    assert sides[0] != sides[1] and all(s[:4] == b"\x89PNG" for s in sides)
+    for question in QUESTIONS:
+        body = json.dumps({"pair": ask["pair"], "question": question, "choice": "left"}).encode()
+        request = urllib.request.Request(f"{address}ballot/vote", body, {"content-type": "application/json"})
+        assert json.load(browser.open(request)) == {"counted": True}
+    assert json.load(browser.open(f"{address}ballot/next"))["done"] == 1
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # somebody who never opened the page
+        urllib.request.urlopen(f"{address}ballot/next")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        browser.open(f"{address}ballot/picture/999/left")
+    assert "http://" not in PAGE and "https://" not in PAGE
+
+
+def test_the_command_draws_once_and_serves(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+    argv = ["evaluate", str(tiny_bundle), "--human", str(tiny_bundle), "--data", "shapes:val,length=9"]
+    argv += ["--report", str(tmp_path / "r"), "--pictures", "6", "--json"]
+    assert main(argv) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["pairs"] == 6 and results["voters"] == 0
+    store = (tmp_path / "r/ballot.sqlite").read_bytes()
+    assert main(argv) == 0 and (tmp_path / "r/ballot.sqlite").read_bytes() == store
+    assert json.loads((tmp_path / "r/ballot.json").read_text())["questions"]["caption"]["first_share"] is None

@@ -1,0 +1,222 @@
+"""`armchair evaluate` from end to end on a model of random weights."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from armchair.cli import main
+from armchair.eval.distribution import blurred
+from armchair.eval.features import EfficientNetLite0, TorchScriptNetwork, resized
+from armchair.eval.figures import Figure, bootstrap, mean_figure
+from armchair.eval.run import SUITES
+from conftest import write_tiny_bundle
+
+SMALL = {
+    "pictures": 8,
+    "train-pictures": 6,
+    "prompts": 2,
+    "best-of-prompts": 2,
+    "most": 4,
+    "diversity-prompts": 2,
+    "blur": 4,
+    "memorising": 4,
+    "probe": 3,
+}
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, (2, 2))
+        return y.flatten(1)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("network") / "pool.pt"
+    torch.jit.save(torch.jit.script(Pool()), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, network: Path) -> Path:
+    """A whole report."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    bundle = write_tiny_bundle(folder / "tiny", ranked=True, resolution=64)
+    data = ["--data", "shapes:val,length=9", "--train", "shapes:train,length=7"]
+    out = folder / "report"
+    networks = ["--features", str(network), "ranker"]
+    assert main(["evaluate", str(bundle), *data, "--report", str(out), *networks, *FLAGS]) == 0
+    return out
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.outside: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values["src"] or "")
+            assert values["alt"]
+        if "id" in values:
+            self.ids.append(values["id"] or "")
+        self.outside += [v for k, v in attrs if k in ("src", "href") and v and ("//" in v)]
+        assert tag not in ("script", "link")
+
+
+def test_a_report_is_a_page_with_its_pictures_and_the_same_figures_as_json(report: Path) -> None:
+    page = Page()
+    page.feed((report / "index.html").read_text())
+    assert page.ids == list(SUITES) and page.outside == []
+    for name in page.images:
+        with Image.open(report / name) as picture:
+            picture.load()
+    data = json.loads((report / "report.json").read_text())
+    assert [s["key"] for s in data["sections"]] == list(SUITES)
+    assert not any(s["skipped"] for s in data["sections"]), [s["skipped"] for s in data["sections"]]
+    for section in data["sections"]:
+        assert section["protocol"] and section["tables"]
+        for table in section["tables"]:
+            assert all(len(row) == len(table["columns"]) for row in table["rows"])
+
+
+def table(report: Path, section: str, title: str) -> dict:
+    data = json.loads((report / "report.json").read_text())
+    (found,) = [t for s in data["sections"] if s["key"] == section for t in s["tables"] if t["title"].startswith(title)]
+    return found
+
+
+def test_numbers_over_different_networks_are_in_tables_of_their_own_with_their_names(report: Path) -> None:
+    data = json.loads((report / "report.json").read_text())
+    tables = [t for s in data["sections"] if s["key"] == "distribution" for t in s["tables"]]
+    assert [t["features"].split(" (")[0] for t in tables] == ["pool", "ranker of tiny"]
+    assert len({t["features"] for t in tables}) == 2
+
+
+def test_best_of_n_never_scores_less_with_more_candidates(report: Path) -> None:
+    rows = table(report, "best-of", "Best of N")["rows"]
+    assert [row[0] for row in rows] == ["1", "2", "4"]
+    scores = [row[1]["value"] for row in rows]
+    assert scores == sorted(scores)
+
+
+def test_the_second_time_the_figures_are_the_same(report: Path, network: Path, tmp_path: Path) -> None:
+    bundle, out = report.parent / "tiny", tmp_path / "again"
+    data = ["--data", "shapes:val,length=9", "--suite", "reconstruction", "diversity"]
+    assert main(["evaluate", str(bundle), *data, "--report", str(out), "--features", str(network), *FLAGS]) == 0
+    for section, title in (("reconstruction", "Round trips"), ("diversity", "Distances")):
+        assert table(out, section, title)["rows"] == table(report, section, title)["rows"]
+    assert [s["key"] for s in json.loads((out / "report.json").read_text())["sections"]] == [
+        "reconstruction",
+        "diversity",
+    ]
+
+
+def test_without_a_ranker_or_training_pictures_the_report_says_what_is_missing(
+    tiny_bundle: Path, network: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "evaluate",
+        str(tiny_bundle),
+        "--data",
+        str(pictures),
+        "--report",
+        str(tmp_path / "r"),
+        "--features",
+        str(network),
+    ]
+    assert main([*argv, "--suite", "fidelity", "best-of", "memorising", *FLAGS]) == 0
+    err = capsys.readouterr().err
+    assert "fidelity: not measured. The bundle has no ranker" in err and "memorising: not measured" in err
+    assert (tmp_path / "r/index.html").read_text().count("Not measured") == 3
+
+
+def test_pictures_on_a_list_are_left_out(
+    tiny_bundle: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list").write_text("shapes:val,seed=0/0\nshapes:val,seed=0/3\n")
+    argv = [
+        "evaluate",
+        str(tiny_bundle),
+        "--data",
+        "shapes:val,length=6",
+        "--suite",
+        "reconstruction",
+        "--features",
+        str(network),
+    ]
+    assert main([*argv, "--report", str(tmp_path / "r"), "--without-overlap", str(tmp_path / "list"), *FLAGS]) == 0
+    about = json.loads((tmp_path / "r/report.json").read_text())["about"]
+    assert about["held-out pictures"].startswith("4 of") and "2 keys left out" in about["held-out pictures"]
+
+
+def test_wrong_requests(tiny_bundle: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*argv: str) -> str:
+        capsys.readouterr()
+        assert main(["evaluate", str(tiny_bundle), *argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    data = ["--data", "shapes:val,length=4", "--report", str(tmp_path / "r")]
+    assert "did you mean 'diversity'" in refused(*data, "--suite", "diversty", "--features", str(network))
+    assert "efficientnet-lite0" in refused(*data, "--features", "efficientnet")
+    assert "has none" in refused(*data, "--features", "ranker")
+    assert "no such file" in refused(*data, "--features", "none.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no network")
+    assert "not a TorchScript network" in refused(*data, "--features", str(tmp_path / "broken.pt"))
+    assert "--data" in refused("--report", "r")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/index.html").write_text("mine")
+    assert "is there already" in refused(*data)
+    assert (tmp_path / "r/index.html").read_text() == "mine"
+
+
+def test_the_offline_network_tells_pictures_apart_and_leaves_no_trace() -> None:
+    state = torch.random.get_rng_state()
+    network = EfficientNetLite0()
+    grey, noise = np.full((64, 64, 3), 128, np.uint8), np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    found = network.extract([grey, noise, grey])
+    assert found.features.shape == (3, 1280) and found.logits is not None and found.logits.shape == (3, 1000)
+    torch.testing.assert_close(found.features[0], found.features[2])
+    assert not torch.allclose(found.features[0], found.features[1], atol=0.1)
+    assert torch.equal(torch.random.get_rng_state(), state) and len(network.fingerprint) == 16
+
+
+def test_resizing_is_antialiased_and_in_floating_point() -> None:
+    fine = np.zeros((256, 256, 3), np.uint8)
+    fine[:, ::2] = 255  # lines of one pixel become grey, and not a pattern
+    assert np.abs(resized(fine, 64)[8:-8, 8:-8] - 127.5).max() < 1
+    ramp = np.repeat(np.linspace(0, 10, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    assert len(np.unique(resized(ramp, 32))) > 20  # not rounded to whole greys
+
+
+def test_blur_takes_detail_away_and_keeps_the_mean() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    spreads = [blurred(noise, r).std() for r in (0, 1, 2, 4)]
+    assert spreads == sorted(spreads, reverse=True) and (blurred(noise, 0) == noise).all()
+    assert blurred(noise, 4).mean() == pytest.approx(noise.mean(), abs=2)
+
+
+def test_a_torchscript_network_gets_whole_bytes(network: Path) -> None:
+    white = TorchScriptNetwork(network).extract([np.full((20, 20, 3), 255, np.uint8)])
+    assert white.logits is None and white.features.flatten().tolist() == pytest.approx([1.0] * 12)
+
+
+def test_bootstrap_intervals_shrink_with_the_root_of_the_number() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (mean_figure(rng.normal(size=n)) for n in (50, 5000))
+    widths = [f.interval[1] - f.interval[0] for f in (few, many)]
+    assert 5 < widths[0] / widths[1] < 20
+    assert bootstrap(50, lambda i: float(i.mean())) == bootstrap(50, lambda i: float(i.mean()))
+    assert Figure(value=1.0).to_json() == {"value": 1.0, "interval": None, "count": None}
