@@ -19,8 +19,8 @@ from armchair.errors import BundleError, RequestError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 MERGES = 49152 - 256 - 2  # that the released models use of the list
-# English clitics, runs of letters, single digits, runs of anything else; no spaces.
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# The marks themselves, English clitics, runs of letters, single digits, runs of anything else; no spaces.
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Bytes that are printable in Latin-1 stand for themselves in the vocabulary and come first, in order; then the others.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 
@@ -68,7 +68,6 @@ class ClipTextTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        hf.add_special_tokens([START, END])  # these two are one token each where a text holds them, as in the original
         return cls(hf)
 
     @classmethod
@@ -94,11 +93,18 @@ class ClipTextTokenizer:
         """
         rows = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = [self.start_id, *self._hf.encode(_repaired(text)).ids, self.end_id]
+            words = self._hf.pre_tokenizer.pre_tokenize_str(_repaired(text))
+            ids = [self.start_id, *(i for word, _ in words for i in self._word(word)), self.end_id]
             row[: len(ids)] = ids[:length]
             if len(ids) > length:
                 row[-1] = self.end_id
         return rows
+
+    def _word(self, word: str) -> list[int]:
+        """A mark in a text is the mark, as in the original, where it stands by itself."""
+        if word in (START, END):
+            return [self.start_id if word == START else self.end_id]
+        return [token.id for token in self._hf.model.tokenize(word)]
 
 
 def _repaired(text: str) -> str:
