@@ -1,6 +1,8 @@
 """Which benchmark pictures are among the training pictures, near enough (paper, section 2.5: data overlap).
 
-With a ranker, pictures are compared where it puts them, as the paper does; without one, by a perceptual hash.
+With a ranker, pictures are compared where it puts them, as the paper does. Without one, a perceptual hash finds the
+nearest few, and each of these is laid over the picture, cropped a little and brightened as fits best: what is left over
+says whether the two are the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +21,18 @@ from armchair.sample.ranker import Ranker
 SIDE = 32  # pixels that a hash is made from
 LUMA, CHROMA = 12, 6  # lowest frequencies of each axis that it keeps
 MARGIN = 0.025  # of a side: a training picture is known with its margin cut off too, in case that was done to it
-HASH_DISTANCE, RANKER_DISTANCE = 0.06, 0.02  # cosine distances up to which pictures are duplicates, by default
+CANDIDATES = 6  # nearest hashes that are looked at closely
+OVERLAY_DISTANCE, RANKER_DISTANCE = 0.06, 0.02  # up to which two pictures are the same, by default
+OVERLAY = 16  # pixels of a side at which they are: what JPEG does to colours and edges is hardly seen there
+SCALES = (1.0, 0.975, 0.95, 0.925)  # of a side: what may be left of a picture that was cropped
+PLACES = 4  # of each axis, where a crop may lie
 THUMBNAIL = 64
 BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A benchmark picture and the nearest training picture; `distance` is 1 - cosine."""
+    """A benchmark picture and the nearest training picture; `distance` is `overlay`'s, or with a ranker 1 - cosine."""
 
     bench: str
     train: str
@@ -73,6 +79,37 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
     return hashed / max(float(np.linalg.norm(hashed)), 1e-6)
 
 
+def crops_of(image: np.ndarray) -> np.ndarray:
+    """A picture and what may be left of it, cropped by up to 7.5 %: (C, 16, 16, 3) float32 in [0, 1]."""
+    picture = Image.fromarray(square(image, 4 * OVERLAY))
+    found = []
+    for scale in SCALES:
+        side = scale * picture.width
+        places = np.linspace(0, picture.width - side, PLACES if scale < 1 else 1)
+        for top in places:
+            for left in places:
+                box = (left, top, left + side, top + side)
+                found.append(np.asarray(picture.resize((OVERLAY, OVERLAY), Image.Resampling.BOX, box=box)))
+    return np.stack(found).astype(np.float32) / 255
+
+
+def overlay(image: np.ndarray, crops: np.ndarray) -> float:
+    """How much of a picture's variance is left over by the best of the crops, made brighter or darker as fits best.
+
+    image: uint8 (H, W, 3); crops: as `crops_of` has them. 0 is the same picture, 1 has nothing of it. Where a picture
+    is white, brightening may have cut it off: the crop is brightened and cut off alike.
+    """
+    x = np.asarray(Image.fromarray(square(image, 4 * OVERLAY)).resize((OVERLAY, OVERLAY), Image.Resampling.BOX))
+    x = x.astype(np.float32) / 255
+    inside = ((x > 0.02) & (x < 0.98)).astype(np.float32)
+    # The gain by least squares over what is not cut off, for each crop.
+    gain = np.einsum("hwc,nhwc->n", x * inside, crops) / np.maximum(np.einsum("hwc,nhwc->n", inside, crops**2), 1e-6)
+    gain = np.where(inside.any(), gain.clip(0.5, 2.0), 1.0)
+    rest = (np.minimum(gain[:, None, None, None] * crops, 1) - x) ** 2
+    spread = ((x - x.mean((0, 1))) ** 2).mean()
+    return float(rest.mean((1, 2, 3)).min() / max(float(spread), 1e-4))
+
+
 def find_overlap(
     train: Source,
     bench: Source,
@@ -87,7 +124,7 @@ def find_overlap(
     new_index = _new_index()
     if threshold is not None and not 0 <= threshold <= 2:
         raise RequestError(f"threshold: expected a cosine distance from 0 to 2, got {threshold}")
-    limit = (HASH_DISTANCE if ranker is None else RANKER_DISTANCE) if threshold is None else threshold
+    limit = (OVERLAY_DISTANCE if ranker is None else RANKER_DISTANCE) if threshold is None else threshold
     index = None
     numbers: list[int] = []  # of the training picture that an entry of the index is of
     for chunk in _chunks(train, "training pictures", say):
@@ -98,13 +135,22 @@ def find_overlap(
             numbers += [i for i, _ in chunk]
     if index is None:
         raise DataError("the training pictures: none is readable")
+    crops: dict[int, np.ndarray] = {}
     matches: list[Match] = []
     pairs: list[tuple[int, int]] = []
     for chunk in _chunks(bench, "benchmark pictures", say):
-        cosines, entries = index.search(_vectors([image for _, image in chunk], ranker), 1)
-        for (i, _), cosine, entry in zip(chunk, cosines[:, 0].tolist(), entries[:, 0].tolist(), strict=True):
-            j = numbers[entry]
-            matches.append(Match(bench=bench.key(i), train=train.key(j), distance=max(0.0, 1 - cosine)))
+        count = min(1 if ranker is not None else CANDIDATES, len(numbers))
+        cosines, entries = index.search(_vectors([image for _, image in chunk], ranker), count)
+        for (i, image), cosine, found in zip(chunk, cosines, entries, strict=True):
+            candidates = list(dict.fromkeys(numbers[entry] for entry in found.tolist()))
+            if ranker is not None:
+                distance, j = max(0.0, 1 - float(cosine[0])), candidates[0]
+            else:
+                for n in candidates:
+                    if n not in crops:
+                        crops[n] = crops_of(train[n].image)
+                distance, j = min((overlay(image, crops[n]), n) for n in candidates)
+            matches.append(Match(bench=bench.key(i), train=train.key(j), distance=distance))
             pairs.append((i, j))
     if not matches:
         raise DataError("the benchmark pictures: none is readable")
@@ -114,7 +160,9 @@ def find_overlap(
         i, j = pairs[n]
         thumbnails[f"bench:{matches[n].bench}"] = square(bench[i].image, THUMBNAIL)
         thumbnails[f"train:{matches[n].train}"] = square(train[j].image, THUMBNAIL)
-    by = "perceptual hash" if ranker is None else f"ranker of {ranker.id.name} ({ranker.id.fingerprint[:16]})"
+    by = "perceptual hash and overlay"
+    if ranker is not None:
+        by = f"ranker of {ranker.id.name} ({ranker.id.fingerprint[:16]})"
     return Overlap(matches=[matches[n] for n in order], threshold=limit, by=by, thumbnails=thumbnails)
 
 
