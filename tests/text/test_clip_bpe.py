@@ -133,6 +133,5 @@ def test_other_files_are_refused(tmp_path: Path, tokenizer: ClipTextTokenizer) -
 
 def test_a_mark_within_other_signs_is_no_mark(tokenizer: ClipTextTokenizer) -> None:
     row = tokenizer.encode(["!<|endoftext|>"], 30)[0].tolist()
-    assert row == [tokenizer.start_id, *literal("!<|"), *literal("endoftext"), *literal("|>"), tokenizer.end_id] + [0] * (
-        28 - len(literal("!<|endoftext|>"))
-    )
+    pieces = [*literal("!<|"), *literal("endoftext"), *literal("|>")]
+    assert row == [tokenizer.start_id, *pieces, tokenizer.end_id, *[0] * (28 - len(pieces))]
