@@ -303,7 +303,8 @@ def data_inspect(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from armchair.eval.run import PAGE, EvaluateConfig
+    from armchair.eval.report import PAGE
+    from armchair.eval.run import EvaluateConfig
     from armchair.eval.run import evaluate as measure
     from armchair.sample.pipeline import load_artist
 

@@ -36,7 +36,7 @@ def distribution(context: Context) -> Section:
             columns += ("IS",)
         named = f"{network.name} ({network.fingerprint})"
         tables.append(Table(title=f"Distances over {network.name}", columns=columns, rows=rows, features=named))
-    tables, pictures = tables, pictures + _blur(context, real, drawn)
+    pictures += _blur(context, real, drawn)
     return Section(
         key="distribution",
         title="Drawings as a whole",

@@ -23,19 +23,10 @@ class Pairs:
 
     images: list[np.ndarray] = field(repr=False)
     captions: list[str]
-    keys: list[str]
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def first(self, count: int) -> "Pairs":
-        return Pairs(
-            images=self.images[:count],
-            captions=self.captions[:count],
-            keys=self.keys[:count],
-            fingerprint=self.fingerprint,
-        )
 
 
 def read_pairs(paths: Sequence[str], artist: Artist, count: int, without: frozenset[str] = frozenset()) -> Pairs:
@@ -54,7 +45,6 @@ def read_pairs(paths: Sequence[str], artist: Artist, count: int, without: frozen
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(source))
     images: list[np.ndarray] = []
     captions: list[str] = []
-    keys: list[str] = []
     for i in map(int, order):
         if len(images) == count:
             break
@@ -66,10 +56,9 @@ def read_pairs(paths: Sequence[str], artist: Artist, count: int, without: frozen
         except BrokenSample:
             continue
         images.append(square(sample.image, artist.resolution))
-        keys.append(source.key(i))
     if len(images) < 2:
         raise DataError(f"{', '.join(paths)}: evaluation needs two readable captioned images or more")
-    return Pairs(images=images, captions=captions, keys=keys, fingerprint=source.fingerprint())
+    return Pairs(images=images, captions=captions, fingerprint=source.fingerprint())
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ from armchair.eval.memorising import memorising
 from armchair.eval.pairs import Context, read_pairs
 from armchair.eval.probe import probe
 from armchair.eval.reconstruction import reconstruction
-from armchair.eval.report import PAGE, write_report
+from armchair.eval.report import write_report
 from armchair.sample.pipeline import Artist
 
 SUITES: dict[str, Callable[[Context], Section]] = {
@@ -138,5 +138,3 @@ def evaluate(
         write_report(report, f"{artist.bundle.name}, measured", about, done)
     return done
 
-
-__all__ = ["PAGE", "SUITES", "EvaluateConfig", "evaluate"]
