@@ -5,7 +5,6 @@ questions. Each pair is judged by five; a system wins a pair by a majority of th
 """
 
 import contextlib
-import io
 import sqlite3
 import time
 from collections import Counter
@@ -208,10 +207,8 @@ def results_plot(results: dict[str, Any]) -> Picture:
         told.append(f"{question}: {found['first']} to {found['second']}, {found['tie']} ties")
     axes.set(yticks=range(len(QUESTIONS)), yticklabels=list(QUESTIONS.values()), xlim=(0, 1), xlabel="share of pairs")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    data = io.BytesIO()
-    canvas.savefig(data, format="png")
     alt = f"{results['first']} against {results['second']}. " + "; ".join(told)
-    return Picture(name="ballot", png=data.getvalue(), alt=alt)
+    return Picture.of_plot("ballot", canvas, alt)
 
 
 def _careless(votes: Sequence[tuple]) -> set[str]:
@@ -267,6 +264,4 @@ def _disordered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    return data.getvalue()
+    return Picture.of("", image, "").png

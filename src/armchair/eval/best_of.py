@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from armchair.eval.distances import fid, inception_score
+from armchair.eval.features import named
 from armchair.eval.fidelity import of_shapes, share
-from armchair.eval.figures import Cell, Figure, Picture, Section, Table, line_plot, mean_figure
-from armchair.eval.pairs import Context
-from armchair.image.sheet import contact_sheet
+from armchair.eval.figures import Cell, Figure, Section, Table, line_plot, mean_figure
+from armchair.eval.pairs import SHEET_COLUMNS, Context
 from armchair.sample.pipeline import Drawing
 from armchair.shapes.accuracy import judge
 from armchair.shapes.captions import Prompt, prompts
@@ -83,7 +83,7 @@ def best_of(context: Context) -> Section:
             )
         )
     section.tables.append(
-        Table(title="Best of N", columns=columns, rows=rows, features=f"{network.name} ({network.fingerprint})")
+        Table(title="Best of N", columns=columns, rows=rows, features=named(network))
     )
     section.pictures.append(
         line_plot(
@@ -98,13 +98,13 @@ def best_of(context: Context) -> Section:
     )
     shown = [image for i in range(min(SHOWN, len(wanted))) for image in (kept[0][i], kept[-1][i])]
     labels = [text for p, _ in wanted[:SHOWN] for text in (p, f"best of {most}")]
-    sheet = contact_sheet(context.pil(shown), labels, columns=SHOWN, scale=max(1, 128 // context.artist.resolution))
-    section.pictures.append(Picture.of("best-of", sheet, f"The first candidate and the best of {most}, side by side"))
+    alt = f"The first candidate and the best of {most}, side by side"
+    section.pictures.append(context.sheet("best-of", shown, labels, alt))
     return section
 
 
 def diversity(context: Context) -> Section:
-    count, each = context.options["diversity_prompts"], 8
+    count, each = context.options["diversity_prompts"], SHEET_COLUMNS
     network = context.networks[0]
     captions = list(dict.fromkeys(context.held_out.captions))[:count]
     groups, images = [], []
@@ -131,12 +131,8 @@ def diversity(context: Context) -> Section:
         ("drawings of one prompt, RMSE of pixels in [0, 1]", mean_figure(rmse)),
         ("drawings of one prompt that are the same, share of pairs", mean_figure(same)),
     ]
-    sheet = contact_sheet(
-        context.pil([image for group in images[:SHOWN] for image in group]),
-        [text if i == 0 else "" for text in captions[:SHOWN] for i in range(each)],
-        columns=each,
-        scale=max(1, 128 // context.artist.resolution),
-    )
+    shown = [image for group in images[:SHOWN] for image in group]
+    labels = [text if i == 0 else "" for text in captions[:SHOWN] for i in range(each)]
     return Section(
         key="diversity",
         title="Diversity",
@@ -146,10 +142,10 @@ def diversity(context: Context) -> Section:
         ),
         tables=[
             Table(
-                title="Distances", columns=("", "mean"), rows=rows, features=f"{network.name} ({network.fingerprint})"
+                title="Distances", columns=("", "mean"), rows=rows, features=named(network)
             )
         ],
-        pictures=[Picture.of("diversity", sheet, "Eight drawings of each prompt in a row")],
+        pictures=[context.sheet("diversity", shown, labels, "Eight drawings of each prompt in a row")],
     )
 
 

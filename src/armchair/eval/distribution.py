@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from armchair.eval.distances import fid, fid_figure, inception_figure, inception_score, kid_figure
+from armchair.eval.features import named
 from armchair.eval.figures import Cell, Picture, Section, Table, line_plot
 from armchair.eval.pairs import Context
-from armchair.image.sheet import contact_sheet
 
 RADII = tuple(range(9))  # pixels at 256 x 256, as in the paper
 PAPER_SIDE = 256
@@ -34,8 +34,8 @@ def distribution(context: Context) -> Section:
             rows[0] += (inception_figure(b.logits),)
             rows[1] += (inception_figure(a.logits),)
             columns += ("IS",)
-        named = f"{network.name} ({network.fingerprint})"
-        tables.append(Table(title=f"Distances over {network.name}", columns=columns, rows=rows, features=named))
+        title = f"Distances over {network.name}"
+        tables.append(Table(title=title, columns=columns, rows=rows, features=named(network)))
     pictures += _blur(context, real, drawn)
     return Section(
         key="distribution",
@@ -84,5 +84,4 @@ def _blur(context: Context, real: Sequence[np.ndarray], drawn: Sequence[np.ndarr
 
 def _sheet(context: Context, drawn: Sequence[np.ndarray]) -> Picture:
     labels = context.held_out.captions[:SHOWN]
-    sheet = contact_sheet(context.pil(drawn[:SHOWN]), labels, columns=8, scale=max(1, 128 // context.artist.resolution))
-    return Picture.of("drawings", sheet, f"The first {len(labels)} drawings, each under its caption")
+    return context.sheet("drawings", drawn[:SHOWN], labels, f"The first {len(labels)} drawings, each under its caption")

@@ -32,6 +32,11 @@ class FeatureNetwork(Protocol):
         """images: uint8 (H, W, 3) RGB, all of one size or not."""
 
 
+def named(network: FeatureNetwork) -> str:
+    """As it stands beside figures."""
+    return f"{network.name} ({network.fingerprint})"
+
+
 def resized(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 (size, size, 3) in [0, 255], bicubic with antialiasing, in floating point.
 

@@ -6,7 +6,6 @@ import torch
 from armchair.clip.contrast import retrieval_ranks, same_captions
 from armchair.eval.figures import Cell, Figure, Picture, Section, Table, mean_figure
 from armchair.eval.pairs import Context
-from armchair.image.sheet import contact_sheet
 from armchair.shapes.accuracy import ATTRIBUTES, Verdict, judge, wilson
 from armchair.shapes.captions import prompts
 from armchair.shapes.world import COUNTS, RELATIONS
@@ -91,11 +90,11 @@ def _exact(context: Context) -> tuple[Table, Table, Picture]:
                 related[p.relations[0]].append(v.relations)
         images += drawn[:SHOWN]
         labels += [("" if v.whole else "WRONG ") + p.text for p, v in zip(wanted[:SHOWN], verdicts, strict=False)]
-    sheet = contact_sheet(context.pil(images), labels, columns=SHOWN, scale=max(1, 128 // context.artist.resolution))
+    sheet = context.sheet("exact", images, labels, "Prompts of each row; those that came out wrong say so")
     table = Table(title="Exact accuracy", columns=("split", "objects", "whole", *ATTRIBUTES), rows=rows)
     by_relation: list[tuple[Cell, ...]] = [(name, share(sum(v), len(v))) for name, v in related.items() if v]
     relations = Table(title="Relations, over all splits", columns=("relation", "right"), rows=by_relation)
-    return table, relations, Picture.of("exact", sheet, "Prompts of each row; those that came out wrong say so")
+    return table, relations, sheet
 
 
 def _shares(verdicts: list[Verdict]) -> list[str]:

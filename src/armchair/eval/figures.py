@@ -51,6 +51,13 @@ class Picture:
         image.save(data, format="PNG")
         return cls(name=name, png=data.getvalue(), alt=alt)
 
+    @classmethod
+    def of_plot(cls, name: str, canvas: Any, alt: str) -> "Picture":
+        """canvas: a matplotlib Figure."""
+        data = io.BytesIO()
+        canvas.savefig(data, format="png")
+        return cls(name=name, png=data.getvalue(), alt=alt)
+
 
 @dataclass(kw_only=True)
 class Section:
@@ -112,9 +119,7 @@ def line_plot(
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend()
-    data = io.BytesIO()
-    canvas.savefig(data, format="png")
     ends = "; ".join(
         f"{label}: {p[0][1]:.3g} at {p[0][0]:g} to {p[-1][1]:.3g} at {p[-1][0]:g}" for label, p in lines.items()
     )
-    return Picture(name=name, png=data.getvalue(), alt=f"{title}. {y} against {x}. {ends}")
+    return Picture.of_plot(name, canvas, f"{title}. {y} against {x}. {ends}")

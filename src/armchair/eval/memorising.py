@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armchair.eval.figures import Cell, Figure, Picture, Section, Table, mean_figure
+from armchair.eval.figures import Cell, Figure, Section, Table, mean_figure
 from armchair.eval.pairs import Context
 from armchair.image.pixels import stack
-from armchair.image.sheet import contact_sheet
 
 SIDE = 32  # pixels are compared at this size: small shifts are no difference, details are
 NEAR = 0.05  # RMSE of pixels in [0, 1] below which two pictures are near-copies
@@ -53,9 +52,8 @@ def memorising(context: Context) -> Section:
     order = np.argsort(rmse)[:SHOWN]
     shown = [image for i in order for image in (seen[i], context.train.images[nearest[i]])]
     labels = [text for i in order for text in (context.train.captions[i], f"{rmse[i]:.3f}")]
-    sheet = contact_sheet(context.pil(shown), labels, columns=8, scale=max(1, 128 // context.artist.resolution))
     alt = "The drawings that are nearest to a training picture, each followed by that picture and the RMSE"
-    section.pictures.append(Picture.of("memorising", sheet, alt))
+    section.pictures.append(context.sheet("memorising", shown, labels, alt))
     return section
 
 

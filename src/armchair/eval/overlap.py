@@ -5,6 +5,7 @@ nearest few, and each of these is laid over the picture, cropped a little and br
 says whether the two are the same.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,8 @@ def find_overlap(
             numbers += [i for i, _ in chunk]
     if index is None:
         raise DataError("the training pictures: none is readable")
-    crops: dict[int, np.ndarray] = {}
+    # Bounded: a picture's crops are 100 kB, and near pictures come again soon or not at all.
+    crops = functools.lru_cache(maxsize=1024)(lambda n: crops_of(train[n].image))
     matches: list[Match] = []
     pairs: list[tuple[int, int]] = []
     for chunk in _chunks(bench, "benchmark pictures", say):
@@ -146,10 +148,7 @@ def find_overlap(
             if ranker is not None:
                 distance, j = max(0.0, 1 - float(cosine[0])), candidates[0]
             else:
-                for n in candidates:
-                    if n not in crops:
-                        crops[n] = crops_of(train[n].image)
-                distance, j = min((overlay(image, crops[n]), n) for n in candidates)
+                distance, j = min((overlay(image, crops(n)), n) for n in candidates)
             matches.append(Match(bench=bench.key(i), train=train.key(j), distance=distance))
             pairs.append((i, j))
     if not matches:

@@ -13,8 +13,12 @@ from armchair.data.loader import caption_choices
 from armchair.data.sources import DataConfig, open_source
 from armchair.errors import DataError, RequestError
 from armchair.eval.features import Extracted, FeatureNetwork
+from armchair.eval.figures import Picture
 from armchair.image.pixels import BrokenSample, square
+from armchair.image.sheet import contact_sheet
 from armchair.sample.pipeline import Artist
+
+SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,14 @@ class Context:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def sheet(
+        self, name: str, images: Sequence[np.ndarray | Image.Image], labels: list[str] | None, alt: str
+    ) -> Picture:
+        """Pictures in rows of SHEET_COLUMNS, about 128 pixels each."""
+        shown = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+        scale = max(1, 128 // self.artist.resolution)
+        return Picture.of(name, contact_sheet(shown, labels, columns=SHEET_COLUMNS, scale=scale), alt)
 
     def pil(self, images: Sequence[np.ndarray]) -> list[Image.Image]:
         return [Image.fromarray(image) for image in images]

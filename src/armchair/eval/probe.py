@@ -1,15 +1,15 @@
 """Zero-shot image to image: the top half is given, the prompt asks for the same below, changed (paper, figure 2d)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
+from armchair.eval.features import named
 from armchair.eval.fidelity import share
-from armchair.eval.figures import Cell, Picture, Section, Table
+from armchair.eval.figures import Cell, Section, Table
 from armchair.eval.pairs import Context
-from armchair.image.sheet import contact_sheet
 
 SHOWN = 8
 
@@ -69,11 +69,11 @@ def probe(context: Context) -> Section:
                 title="The wanted change found",
                 columns=("change", "share", "by chance"),
                 rows=rows,
-                features=f"{network.name} ({network.fingerprint})",
+                features=named(network),
             )
         ],
         pictures=[
-            Picture.of("probe", _sheet(shown, labels, side), "Top halves given, bottom halves drawn, a row a change")
+            context.sheet("probe", shown, labels, "Top halves given, bottom halves drawn, a row a change")
         ],
     )
 
@@ -83,7 +83,3 @@ def _ground(picture: np.ndarray) -> tuple[int, int, int]:
     border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
     r, g, b = np.median(border, axis=0).astype(int).tolist()
     return r, g, b
-
-
-def _sheet(images: Sequence[Image.Image], labels: Sequence[str], side: int) -> Image.Image:
-    return contact_sheet(images, list(labels), columns=SHOWN, scale=max(1, 128 // side))

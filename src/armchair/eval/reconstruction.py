@@ -5,10 +5,10 @@ import torch
 
 from armchair.errors import RequestError
 from armchair.eval.distances import fid_figure
-from armchair.eval.figures import Cell, Figure, Picture, Section, Table, mean_figure
+from armchair.eval.features import named
+from armchair.eval.figures import Cell, Figure, Section, Table, mean_figure
 from armchair.eval.pairs import Context
 from armchair.image.pixels import stack
-from armchair.image.sheet import contact_sheet
 
 SHOWN = 8
 
@@ -38,11 +38,10 @@ def reconstruction(context: Context) -> Section:
                 title=f"rFID over {network.name}",
                 columns=("", "rFID"),
                 rows=[("held-out pictures and their round trips", fid_figure(real, back))],
-                features=f"{network.name} ({network.fingerprint})",
+                features=named(network),
             )
         )
     shown = [image for pair in zip(images[:SHOWN], returned[:SHOWN], strict=True) for image in pair]
-    sheet = contact_sheet(context.pil(shown), None, columns=SHOWN, scale=max(1, 128 // artist.resolution))
     return Section(
         key="reconstruction",
         title="Reconstruction",
@@ -53,7 +52,7 @@ def reconstruction(context: Context) -> Section:
             "round trips."
         ),
         tables=tables,
-        pictures=[Picture.of("reconstruction", sheet, "Held-out pictures, each followed by its round trip")],
+        pictures=[context.sheet("reconstruction", shown, None, "Held-out pictures, each followed by its round trip")],
     )
 
 
