@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from armchair.errors import RequestError
-from armchair.image.autoencoder import Autoencoder, kmeans
+from armchair.image.autoencoder import Autoencoder, distinct, kmeans
 
 
 def autoencoder(channels: int = 4, noise: float = 0.4, **sizes) -> Autoencoder:
@@ -29,6 +29,25 @@ def test_more_noise_costs_likelihood():
     assert quiet.item() < loud.item() - 0.1
 
 
+def test_what_is_said_of_crops_is_clustered_over_whole_pictures():
+    images = tiny.pictures(32, 16)
+    model = autoencoder(n_hid=16, codebook_size=64, stem_kernel=1, encoder_kernel=1, n_groups=1, patch=4)
+    model.crop = 8
+    noise, learning = tiny.seeded(), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=3e-3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        crops = model.crops(images, noise)
+        assert crops.shape == (32, 3, 8, 8)
+        model.loss(crops, noise).backward()
+        optimizer.step()
+    model.quantise(images, tiny.seeded(3))
+    with torch.no_grad():
+        again = model.dvae.decode(model.dvae.encode(images))
+    plain = images.mean((2, 3), keepdim=True)
+    assert (again - images).square().mean() < 0.5 * (plain - images).square().mean()
+
+
 def trained(model: Autoencoder, images: torch.Tensor, steps: int = 100) -> Autoencoder:
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer, noise = torch.optim.Adam(learning, lr=3e-3), tiny.seeded()
@@ -43,7 +62,8 @@ def test_a_code_is_the_nearest_cluster_of_the_numbers():
     model, images = autoencoder(codebook_size=24), tiny.pictures(32, 16)
     with torch.no_grad():
         numbers = model.numbers(images).flatten(0, 2)
-        centres, _ = kmeans(numbers, 24, tiny.seeded(1))
+        points, counts = distinct(numbers)
+        centres, _ = kmeans(points, 24, tiny.seeded(1), counts.sqrt())
         model.quantise(images, tiny.seeded(1))
         nearest = torch.cdist(numbers, centres).argmin(1)
         got = model.dvae.encode(images).flatten()

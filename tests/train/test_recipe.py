@@ -81,6 +81,8 @@ def test_overrides_are_dotted_names(small):
         ({"prior_training.precision": "fp23"}, r"precision: unknown 'fp23'.*'fp32'"),
         ({"autoencoder_training": {**FIT, "noise": 0.0}}, r"autoencoder_training: noise: expected a number above 0"),
         ({"autoencoder_training": {**FIT, "images": 0}}, r"autoencoder_training: images: expected at least 1, got 0"),
+        ({"autoencoder_training": {**FIT, "crop": 10}}, r"autoencoder_training\.crop: expected a multiple of 8"),
+        ({"image_tokenizer_training.crop": 128}, r"image_tokenizer_training\.crop: expected a multiple of 8.* got 128"),
         ({"prior_training.accumulate": 3}, r"batch_size 8 is not a multiple of accumulate 3"),
         ({"prior_training.accumulate": 4, "prior_training.at_once": 3}, r"accumulate 4 is not a multiple of at_once 3"),
         ({"prior_training.matrix_lr": 0}, r"matrix_lr: expected a number above 0, or null, got 0"),

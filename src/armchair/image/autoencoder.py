@@ -7,10 +7,14 @@ which bounds what they carry to C / 2 * ln(1 + 1 / noise^2) nats as K codes boun
 said gathers in clusters; `quantise` finds K of them with k-means, and they become the codes of a dVAE that draws
 nearly as well from its first update on. (A codebook that starts from k-means: Lancucki et al., "Robust Training of
 Vector Quantized Bottleneck Models", 2020.)
+
+Where most of a picture is plain, most of the work on it teaches nothing. So training may look at crops instead, taken
+where pixels vary, and k-means counts what recurs by the root of how often it does.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,20 +37,30 @@ class Quantised(NamedTuple):
 class Autoencoder(nn.Module):
     """`dvae` without its codes. Only the encoder, the decoder and the two maps between them are trained here.
 
-    channels: numbers a position; noise: standard deviation of the noise, where the numbers have 1.
+    channels: numbers a position; noise: standard deviation of the noise, where the numbers have 1; crop: side of the
+    crops that it is trained on, in pixels, a multiple of the dVAE's factor. None: whole pictures.
     """
 
-    def __init__(self, dvae: DVAE, channels: int, noise: float):
+    def __init__(self, dvae: DVAE, channels: int, noise: float, crop: int | None = None):
         super().__init__()
-        self.noise = noise
+        self.noise, self.crop = noise, crop
         self.dvae = dvae
         for p in (dvae.codebook, *dvae.to_logits.parameters()):
             p.requires_grad_(False)
         self.down = nn.Linear(dvae.n_features, channels, bias=False)
         self.up = nn.Linear(channels, dvae.config.n_init)
 
+    def crops(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """What is looked at of images (B, 3, R, R) in [0, 1]: a crop of each, (B, 3, crop, crop), or all of it."""
+        if self.crop is None:
+            return images
+        return varied_crops(images, self.crop, self.dvae.config.factor, generator)
+
     def numbers(self, images: Tensor) -> Tensor:
-        """images: (B, 3, R, R) in [0, 1] -> (B, S, S, C) float32; a channel has mean 0 and variance 1 in the batch."""
+        """images: (B, 3, R, R) in [0, 1] -> (B, S, S, C) float32; a channel has mean 0 and variance 1 in the batch.
+
+        R is the side of the crops where there are any: the numbers of whole pictures have another mean and variance.
+        """
         z = self.down(self.dvae.features(images)).float()
         return F.batch_norm(z.flatten(0, 2), None, None, training=True, eps=WHITE_EPS).view_as(z)
 
@@ -69,9 +83,14 @@ class Autoencoder(nn.Module):
         -sharpness * |z - c_k|^2 / (2 noise^2) up to a constant, which is linear in the features.
         """
         dvae = self.dvae
-        raw = torch.cat([self.down(dvae.features(chunk)).float() for chunk in images.split(64)]).flatten(0, 2)
-        mean, std = raw.mean(0), (raw.var(0, correction=0) + WHITE_EPS).sqrt()
-        centres, error = kmeans((raw - mean) / std, dvae.codebook_size, generator)
+
+        def raw(images: Tensor) -> Tensor:
+            return torch.cat([self.down(dvae.features(chunk)).float() for chunk in images.split(64)]).flatten(0, 2)
+
+        seen = raw(self.crops(images, generator))  # what the decoder is used to
+        mean, std = seen.mean(0), (seen.var(0, correction=0) + WHITE_EPS).sqrt()
+        points, counts = distinct((raw(images) - mean) / std)
+        centres, error = kmeans(points, dvae.codebook_size, generator, counts.sqrt())
         scale = sharpness / self.noise**2
         weight = scale * (centres / std) @ self.down.weight
         bias = -scale * (centres / std) @ mean - scale / 2 * centres.square().sum(-1)
@@ -81,29 +100,60 @@ class Autoencoder(nn.Module):
         return Quantised(error, centres.shape[1] * self.noise**2)
 
 
-def kmeans(points: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, float]:
+def varied_crops(images: Tensor, side: int, step: int, generator: torch.Generator) -> Tensor:
+    """(B, 3, R, R) -> (B, 3, side, side), a crop of each image that holds a cell in which pixels vary.
+
+    Cells, and so the crops, lie on a grid of `step` pixels, a divisor of side and R. A cell is drawn with a chance in
+    proportion to its widest range of values, any cell where all are plain; a crop around it likewise.
+    """
+    batch, _, height, width = images.shape
+    ranges = F.max_pool2d(images, step) + F.max_pool2d(-images, step)
+    chances = ranges.amax(1).flatten(1) + 1e-6
+    cell = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    columns, reach = width // step, side // step
+    within = torch.randint(reach, (2, batch), generator=generator, device=images.device)
+    top = (cell // columns - within[0]).clamp(0, height // step - reach) * step
+    left = (cell % columns - within[1]).clamp(0, columns - reach) * step
+    corners = zip(top.tolist(), left.tolist(), strict=True)
+    cut = [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners, strict=True)]
+    return torch.stack(cut)
+
+
+def distinct(points: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, C) -> those that differ in their first four decimals, (N, C), and how often each occurs, (N,) float."""
+    # Rows as opaque values: numpy sorts these many times faster than torch compares rows.
+    rounded = (points * 1e4).round().to(torch.int32).cpu().contiguous().numpy()
+    rows = rounded.view(f"V{rounded.dtype.itemsize * rounded.shape[1]}")[:, 0]
+    _, first, counts = np.unique(rows, return_index=True, return_counts=True)
+    return points[torch.from_numpy(first).to(points.device)], torch.from_numpy(counts).to(points)
+
+
+def kmeans(points: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> tuple[Tensor, float]:
     """(M, C) -> k centres (k, C) and the mean squared distance of the points to them.
 
-    Starts with k-means++ (Arthur and Vassilvitskii, 2007), then Lloyd's rounds; a centre that loses all of its points
-    stays where it is. Where there are fewer distinct points than k, some centres coincide.
+    weights: (M,), how much each point counts; all the same where there are none. Starts with k-means++ (Arthur and
+    Vassilvitskii, 2007), then Lloyd's rounds; a centre that loses all of its points stays where it is. Where there are
+    fewer distinct points than k, some centres coincide.
     """
     if len(points) == 0:
         raise RequestError("k-means needs at least one point")
-    order = torch.randperm(len(points), generator=generator).to(points.device)
-    points = points[order[:KMEANS_POINTS]]
+    order = torch.randperm(len(points), generator=generator).to(points.device)[:KMEANS_POINTS]
+    points = points[order]
+    weights = torch.ones_like(points[:, 0]) if weights is None else weights[order]
     centres = points[:1].repeat(k, 1)
     distance = (points - centres[0]).square().sum(-1)
     for i in range(1, k):
         u = torch.rand((), generator=generator, dtype=torch.float64).to(points.device)
-        cdf = distance.double().cumsum(0)
+        cdf = (weights * distance).double().cumsum(0)
         centres[i] = points[torch.searchsorted(cdf, u * cdf[-1]).clamp(max=len(points) - 1)]
         torch.minimum(distance, (points - centres[i]).square().sum(-1), out=distance)
     for _ in range(KMEANS_ROUNDS):
         nearest, _ = _assign(points, centres)
-        count = torch.bincount(nearest, minlength=k)
-        total = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = torch.where((count > 0)[:, None], total / count.clamp_min(1)[:, None], centres)
-    return centres, float(_assign(points, centres)[1].mean())
+        mass = torch.zeros_like(centres[:, 0]).index_add_(0, nearest, weights)
+        total = torch.zeros_like(centres).index_add_(0, nearest, weights[:, None] * points)
+        centres = torch.where((mass > 0)[:, None], total / mass.clamp_min(1e-9)[:, None], centres)
+    error = _assign(points, centres)[1]
+    return centres, float((weights * error).sum() / weights.sum())
 
 
 def _assign(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

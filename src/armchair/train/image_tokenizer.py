@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from armchair.data.loader import batches
 from armchair.data.sources import Source
 from armchair.errors import WorkError
-from armchair.image.autoencoder import Autoencoder
+from armchair.image.autoencoder import Autoencoder, varied_crops
 from armchair.image.dvae import DVAE
 from armchair.image.pixels import square, stack, to_pil
 from armchair.image.sheet import contact_sheet
@@ -93,6 +93,9 @@ class ImageTokenizerStage(ImageStage):
         return cosine(step, self.config.kl_steps, self.config.kl_start, self.config.kl_weight)
 
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        if (side := self.config.crop) is not None:
+            where = generator(self.recipe.seed, self.name, "crops", step, part, device=batch.device)
+            batch = varied_crops(batch, side, self.model.config.factor, where)
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
         tau, kl_weight = self.tau(step), self.kl_weight(step)
         loss, reconstruction, kl = self.model.relaxed_loss(batch, tau, kl_weight, noise)
@@ -148,12 +151,19 @@ class AutoencoderStage(ImageStage):
         self.model = model
 
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        crops = self.model.crops(
+            batch, generator(self.recipe.seed, self.name, "crops", step, part, device=batch.device)
+        )
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
-        return self.model.loss(batch, noise), {}
+        return self.model.loss(crops, noise), {}
+
+    def _validation_crops(self, model: Any) -> Tensor:
+        crops = model.crops(self.validation, generator(self.recipe.seed, "validation", "crops"))
+        return crops.to(next(model.parameters()).device)
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:
-        images = self.validation.to(next(model.parameters()).device)
+        images = self._validation_crops(model)
         noise = generator(self.recipe.seed, "validation", device=images.device)
         losses, ratios = [], []
         for chunk in images.split(64):
@@ -164,7 +174,7 @@ class AutoencoderStage(ImageStage):
     @torch.inference_mode()
     def sheet(self, model: Any) -> Image.Image:
         """Sixteen held-out images, each above its round trip through the numbers."""
-        images = self.validation[:64].to(next(model.parameters()).device)  # enough for the statistics of a batch
+        images = self._validation_crops(model)[:64]  # enough for the statistics of a batch
         return round_trips(images[:16], model.reconstruct(images)[:16])
 
 

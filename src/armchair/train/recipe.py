@@ -90,6 +90,7 @@ class AutoencoderTraining(FitConfig):
     channels: int = 8  # numbers a position
     noise: float = 0.4  # standard deviation of their noise; they have 1
     sharpness: float = 4.0  # of the first logits: -sharpness * distance^2 / (2 noise^2)
+    crop: int | None = None  # side of the crops that are looked at, taken where pixels vary; none: whole pictures
     images: int = 1024  # pictures whose positions the codes are clusters of
 
     def __post_init__(self) -> None:
@@ -112,6 +113,7 @@ class ImageTokenizerTraining(FitConfig):
     kl_start: float = 0.0
     kl_weight: float = 6.6
     kl_steps: int = 5_000
+    crop: int | None = None  # side of the crops that are trained on, taken where pixels vary; none: whole pictures
     encoder_scale: float = 1.0  # step size of the encoder, as a share of the others'
     weight_decay: float = 1e-4
     # The codes are checked before stage 2 starts; below these the run stops.
@@ -199,6 +201,14 @@ class Recipe:
             )
         if (self.ranker is None) != (self.ranker_training is None):
             raise RequestError("ranker and ranker_training belong together: give both or neither")
+        factor, resolution = self.image_tokenizer.factor, self.image_tokenizer.resolution
+        for name in ("autoencoder_training", "image_tokenizer_training"):
+            crop = getattr(getattr(self, name), "crop", None)
+            if crop is not None and (crop % factor or not 0 < crop <= resolution):
+                raise RequestError(
+                    f"{name}.crop: expected a multiple of {factor}, the pixels that a code covers, up to {resolution}, "
+                    f"got {crop}"
+                )
         if self.image_tokenizer.codebook_size > 65536:
             raise RequestError("image_tokenizer.codebook_size: at most 65536 codes can be cached")
 

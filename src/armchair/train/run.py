@@ -120,7 +120,7 @@ class Run:
             return model
         recipe = self.recipe
         autoencoder = _initialised(
-            lambda: Autoencoder(model, config.channels, config.noise), recipe.seed, "autoencoder"
+            lambda: Autoencoder(model, config.channels, config.noise, config.crop), recipe.seed, "autoencoder"
         )
         average = self._fit(AutoencoderStage(recipe, config, autoencoder, self.train_source, validation), config)
         assert isinstance(average, Autoencoder)
