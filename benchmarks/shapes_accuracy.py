@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from PIL import Image
 
 from armchair.image.sheet import contact_sheet
 from armchair.sample.generate import candidate_uniforms, draw_codes
-from armchair.sample.next_token import Settings
 from armchair.sample.pipeline import load_artist
 from armchair.shapes.accuracy import Accuracy, judge
 from armchair.shapes.captions import prompts
@@ -35,8 +35,7 @@ SUITES = (
 
 def measure(model: str, count: int, seed: int, overrides: dict, sheet: Path | None) -> dict:
     artist = load_artist(model)
-    drawing = {**artist.bundle.info["recipe"]["drawing"], **overrides}
-    settings = Settings(**{k: drawing[k] for k in ("temperature", "top_k", "top_p", "guidance")})
+    settings = replace(artist.settings, **overrides)
     length = artist.prior.shape.text_length
     results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings.__dict__, "seed": seed, "suites": {}}
     shown, labels = [], []
@@ -75,12 +74,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("guidance", float)):
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("guidance", float)):
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
-    names = ("temperature", "top_k", "top_p", "guidance")
+    names = ("temperature", "top_k", "top_p", "min_p", "guidance")
     overrides = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     results = measure(args.model, args.prompts, args.seed, overrides, args.sheet)
     if args.json:

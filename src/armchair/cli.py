@@ -138,7 +138,7 @@ def redraw(args: argparse.Namespace) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "guidance")
+    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "min_p", "guidance")
     return {name: getattr(args, name) for name in names}
 
 
@@ -513,6 +513,9 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=_whole(0), metavar="K", help="draw from the K likeliest codes, 0 for all")
     p.add_argument(
         "--top-p", type=_number, metavar="P", help="draw from the likeliest codes of mass P, 1 for all"
+    )
+    p.add_argument(
+        "--min-p", type=_number, metavar="P", help="leave out codes under P times as likely as the first, 0 for none"
     )
     p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
     p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")

@@ -24,6 +24,8 @@ SAMPLED = [
     Settings(),
     Settings(temperature=0.7, top_k=5),
     Settings(top_p=0.8),
+    Settings(min_p=0.3),
+    Settings(min_p=0.2, guidance=2.0),
     Settings(guidance=3.0, top_k=8),
     Settings(guidance=0.5),
     Settings(temperature=0.0),

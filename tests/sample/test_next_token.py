@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tiny
 from armchair.errors import RequestError
-from armchair.sample.next_token import Settings, guide, pick, probabilities
+from armchair.sample.next_token import Settings, guide, pick, plausible, probabilities
 
 rows_of_logits = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=40)
 uniforms = st.floats(0, 1, exclude_max=True)
@@ -71,6 +71,18 @@ def test_top_p_of_a_known_row():
     assert drawn(logits, top_p=0.65) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
     assert drawn(logits, top_p=0.35) == pytest.approx([0, 1, 0, 0])
     assert drawn(logits, top_p=0.95) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=1e-6)
+
+
+def test_min_p_leaves_out_what_the_model_itself_finds_far_fetched():
+    conditional = torch.tensor([[0.70, 0.20, 0.09, 0.01]]).log()
+    unconditional = torch.tensor([[0.70, 0.29, 0.0099, 0.0001]]).log()
+    guided = guide(conditional, unconditional, 3.0)
+    assert guided.argmax() == 3  # the caption makes it a hundred times likelier: one in a hundred, still
+    p = probabilities(plausible(guided, conditional, 0.1), Settings())
+    ratio = (0.09**3 / 0.0099**2) / (0.70**3 / 0.70**2)  # of the third to the first
+    assert p[0, 3] == 0 and p[0, 2] / p[0, 0] == pytest.approx(ratio, rel=1e-4)
+    assert torch.equal(plausible(guided, conditional, 0.0), guided)
+    assert plausible(guided, conditional, 1.0).isfinite().tolist() == [[True, False, False, False]]
 
 
 def test_temperature_comes_first_then_top_k_then_top_p():
@@ -150,6 +162,7 @@ def test_guidance_one_is_the_captions_logits_and_zero_the_empty_ones():
     ("field", "value"),
     [
         ("temperature", -0.1), ("temperature", 101), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
         ("top_p", 1.01), ("top_p", math.nan), ("guidance", -1), ("guidance", 1e6), ("guidance", math.inf),
     ],
 )  # fmt: skip

@@ -104,7 +104,7 @@ def test_to_json(artist: Artist, tmp_path: Path) -> None:
     drawing = artist.draw(PROMPT, candidates=2, seed=9)
     data = json.loads(json.dumps(drawing.to_json(drawing.save(tmp_path))))
     assert list(data) == ["prompt", "bundle", "settings", "images"]
-    assert data["settings"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "guidance": 1.5}
+    assert data["settings"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
     assert [list(i) for i in data["images"]] == [["path", "candidate", "seed", "score", "codes"]] * 2
     assert data["images"][1]["path"].endswith("a-red-circle-02.png") and data["images"][1]["score"] is None
     assert drawing.to_json()["images"][0]["path"] is None
@@ -274,6 +274,7 @@ def test_wrong_rectangles(artist: Artist, photo: Image.Image, wrong: dict) -> No
         {"top_k": 1.5},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": 1.5},
         {"guidance": math.inf},
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from armchair.prior.sequence import null_text
 from armchair.prior.transformer import Prior, PromptCache
 from armchair.runtime import generator
-from armchair.sample.next_token import Settings, guide, pick, probabilities
+from armchair.sample.next_token import Settings, guide, pick, plausible, probabilities
 
 MICRO_BATCH = 8
 FREE = -1  # in `forced`: a token to draw
@@ -62,7 +62,9 @@ def draw_micro_batch(
     codes = torch.zeros(rows, length, dtype=torch.int64, device=prompts.logits.device)
     logits = prompts.logits
     for j in range(length):
-        step = guide(logits[:rows], logits[rows:], settings.guidance) if guided else logits
+        conditional = logits[:rows]
+        step = guide(conditional, logits[rows:], settings.guidance) if guided else conditional
+        step = plausible(step, conditional, settings.min_p)
         drawn = pick(probabilities(step, settings), uniforms[:, j])
         codes[:, j] = torch.where(forced[:, j] == FREE, drawn, forced[:, j])
         if (j + 1) % prior.shape.grid == 0:
@@ -112,8 +114,9 @@ def draw_codes_uncached(
     codes = torch.zeros(uniforms.shape, dtype=torch.int64)
     empty = null_text(len(codes), prior.shape)
     for j in range(codes.shape[1]):
-        logits = prior(text_tokens, codes)[1][:, j].float()
+        logits = conditional = prior(text_tokens, codes)[1][:, j].float()
         if settings.guidance != 1:
-            logits = guide(logits, prior(empty, codes)[1][:, j].float(), settings.guidance)
+            logits = guide(conditional, prior(empty, codes)[1][:, j].float(), settings.guidance)
+        logits = plausible(logits, conditional, settings.min_p)
         codes[:, j] = pick(probabilities(logits, settings), uniforms[:, j])
     return codes.unflatten(1, (prior.shape.grid, prior.shape.grid))

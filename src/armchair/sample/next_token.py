@@ -1,5 +1,6 @@
-"""From logits to the next token: temperature, top-k, top-p, guidance, and the pick. Pure functions of tensors."""
+"""From logits to the next token: guidance, min-p, temperature, top-k, top-p, and the pick: functions of tensors."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,12 @@ from armchair.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How tokens are drawn. temperature 0 is greedy, top_k 0 and top_p 1 keep all codes, guidance 1 is off."""
+    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all codes; guidance 1 is off."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -22,6 +24,7 @@ class Settings:
             ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 100, "0, or 0.001 to 100"),
             ("top_k", self.top_k >= 0, "a count of 0 or more, 0 for all codes"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1, 0 for all codes"),
             ("guidance", 0 <= self.guidance <= 100, "0 to 100, 1 for none"),
         ):
             if not good:
@@ -31,6 +34,19 @@ class Settings:
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance on logits (Ho and Salimans, 2022; for tokens: Gafni et al., 2022)."""
     return unconditional + guidance * (conditional - unconditional)
+
+
+def plausible(logits: Tensor, conditional: Tensor, min_p: float) -> Tensor:
+    """logits (B, K) without the codes that the model, unguided, finds less than min_p times as likely as its first.
+
+    Guidance raises whatever a caption makes likelier, were it by a thousand times and still absurd: a second object
+    where the one that was asked for stands already. What the `conditional` logits (B, K) rule out it may not bring back
+    (the plausibility constraint of contrastive decoding, Li et al., 2023; min-p, Nguyen et al., 2024, has no guidance).
+    """
+    if min_p == 0:
+        return logits
+    floor = conditional.max(1, keepdim=True).values + math.log(min_p)
+    return logits.masked_fill(conditional < floor, -torch.inf)
 
 
 def probabilities(logits: Tensor, settings: Settings) -> Tensor:

@@ -172,7 +172,8 @@ class Artist:
             recipe = info["recipe"]
             image_config = from_dict(DVAEConfig, recipe["image_tokenizer"], "recipe.image_tokenizer")
             prior_config = from_dict(PriorConfig, recipe["prior"], "recipe.prior")
-            defaults = {f.name: recipe["drawing"][f.name] for f in fields(Settings)}
+            drawing = recipe["drawing"]  # an older bundle lacks the settings that came after it
+            defaults = {f.name: drawing[f.name] for f in fields(Settings) if f.name in drawing}
             self.settings = from_dict(Settings, defaults, "recipe.drawing")
             shape = StreamShape(
                 text_vocab_size=operator.index(info["text_vocab_size"]),
@@ -222,6 +223,7 @@ class Artist:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         guidance: float | None = None,
     ) -> Drawing:
         """Draw `candidates` (1 to 4096) pictures of a prompt and keep the best `keep` (0 or None: all).
@@ -233,7 +235,7 @@ class Artist:
         check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
         chosen, keep = self._candidates(candidates, keep)
-        settings = self._settings(temperature, top_k, top_p, guidance)
+        settings = self._settings(temperature, top_k, top_p, min_p, guidance)
         codes = self._draw(prompt, chosen, seed, settings)
         return self._drawing(prompt, chosen, seed, settings, codes, keep=keep)
 
@@ -258,6 +260,7 @@ class Artist:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         guidance: float | None = None,
     ) -> Iterator[Image.Image | Drawing]:
         """Draw candidate 0 and show it grow: S partial pictures, one a row of codes, then the Drawing.
@@ -267,7 +270,7 @@ class Artist:
         """
         check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
-        return self._stream(prompt, seed, self._settings(temperature, top_k, top_p, guidance))
+        return self._stream(prompt, seed, self._settings(temperature, top_k, top_p, min_p, guidance))
 
     def complete(
         self,
@@ -282,6 +285,7 @@ class Artist:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         guidance: float | None = None,
     ) -> Drawing:
         """Redraw a part of a picture (paper, figure 2c) and keep every pixel outside of it exactly.
@@ -295,7 +299,7 @@ class Artist:
         seed = _whole("seed", seed, 0, MAX_SEED)
         rectangle = _rectangle(redraw, keep_top, self.resolution)
         chosen, keep = self._candidates(candidates, keep)
-        settings = self._settings(temperature, top_k, top_p, guidance)
+        settings = self._settings(temperature, top_k, top_p, min_p, guidance)
         original = square_of(image, self.resolution)
         forced = self._encode([original])[0]
         x, y, x2, y2 = rectangle
@@ -393,9 +397,14 @@ class Artist:
         return list(range(keep if self.ranker is None else count)), keep
 
     def _settings(
-        self, temperature: float | None, top_k: int | None, top_p: float | None, guidance: float | None
+        self,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+        guidance: float | None,
     ) -> Settings:
-        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        asked = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
         given = {name: value for name, value in asked.items() if value is not None}
         return from_dict(Settings, {**to_dict(self.settings), **given})
 

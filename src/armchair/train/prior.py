@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -126,9 +127,7 @@ class PriorStage:
     def _draw(self, model: Any, texts: Sequence[str], uniforms: Tensor) -> tuple[Tensor, list[Image.Image]]:
         """One picture a text, with the recipe's settings: its codes (len(texts), N), and itself."""
         drawing = self.recipe.drawing
-        settings = Settings(
-            temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p, guidance=drawing.guidance
-        )
+        settings = Settings(**{field.name: getattr(drawing, field.name) for field in fields(Settings)})
         different = list(dict.fromkeys(texts))  # a text is read once for all of its pictures
         tokens = torch.from_numpy(self.text_tokenizer.encode(different, self.recipe.text_tokenizer.length))
         codes = draw_codes(model, tokens, [different.index(t) for t in texts], uniforms, settings)

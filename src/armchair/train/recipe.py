@@ -171,6 +171,7 @@ class DrawingConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0 means all codes
     top_p: float = 1.0
+    min_p: float = 0.0  # 0 means all codes
     guidance: float = 1.0  # 1 means off
     prompts: tuple[str, ...] = ()
 
