@@ -15,9 +15,10 @@ from armchair.train.recipe import FitConfig, ImageTokenizerTraining
 
 # Step size of the codes' vectors, as a share of the recipe's, where `code_features` computes them. A weight of
 # `CodeVectors` moves every code's vector at once: at a scale of 1 a shapes prior had 76 bits a picture after 400
-# updates of 800, at 0.4 it had 41, at 0.1 37. What a code has for itself is learned as slowly: at a scale of 1 pairs
-# of form and colour that training never showed came out right 48 times in 100, at 0.1 76 times.
+# updates of 800, at 0.4 it had 41, at 0.1 37. What a code has for itself is learned more slowly still: at a scale of 1
+# pairs of form and colour that training never showed came out right 48 times in 100, at 0.1 76 times.
 CODE_VECTORS_SCALE = 0.1
+OWN_VECTORS_SCALE = 0.03
 
 
 def make_optimizer(model: nn.Module, config: FitConfig, device: torch.device) -> MuonAdamW:
@@ -67,7 +68,7 @@ def _kind(
     if isinstance(model, Prior):
         own = ("image_embedding.weight", "image_head.weight")
         if name.startswith(("code_inputs.", "code_outputs.")) or (model.config.code_features and name in own):
-            return _Kind(0.0, CODE_VECTORS_SCALE)
+            return _Kind(0.0, OWN_VECTORS_SCALE if name in own else CODE_VECTORS_SCALE)
         if not model.is_hidden_matrix(name):
             return _Kind(0.0, 1.0)
         if matrix_scale is not None and name.startswith("blocks."):
