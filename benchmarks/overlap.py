@@ -1,17 +1,21 @@
 """How well `armchair data overlap` finds training pictures that were planted in a benchmark, changed a little.
 
     python benchmarks/overlap.py --json overlap.json
+    python benchmarks/overlap.py --scenes 1
     python benchmarks/overlap.py --train 'train-{0000..0004}.tar' --bench val-0000.tar
 
 100 of the training pictures are re-encoded (JPEG, quality 75), resized (to 80 %), cropped (5 % off, anywhere) and
 brightened (by 15 %), each alone and all at once in turn, and put among 10,000 pictures that were never trained on. By
-default both sides are of the shapes world: 10,000 scenes of the training split, and 10,000 with a pair of form and
-colour that it never has, so that whatever is found among those is false, and all scenes look much alike.
+default both sides are of the shapes world: 10,000 pictures of four scenes each of the training split, and 10,000 whose
+scenes have a pair of form and colour that it never has, so that whatever is found among those is false. Four scenes
+make two pictures differ in many places, as photographs do; with `--scenes 1` they may differ by the colour of one small
+object, which is the hard case.
 """
 
 import argparse
 import io
 import json
+import math
 import random
 import sys
 import time
@@ -25,7 +29,7 @@ from armchair.eval.overlap import find_overlap
 from armchair.image.pixels import BrokenSample
 from armchair.sample.ranker import load_ranker
 
-PLANTED = 100
+PLANTED, OTHERS = 100, 10_000
 
 
 def reencoded(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -53,6 +57,25 @@ def everything(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 CHANGES = (reencoded, resized, cropped, brightened, everything)
+
+
+class Collages:
+    """Scenes of the shapes world, side * side of them a picture."""
+
+    def __init__(self, split: str, length: int, side: int):
+        self.split, self.side = split, side
+        self.scenes = open_source([f"shapes:{split},length={length * side * side}"], DataConfig())
+
+    def __len__(self) -> int:
+        return len(self.scenes) // self.side**2
+
+    def __getitem__(self, i: int) -> Sample:
+        tiles = [self.scenes[i * self.side**2 + n].image for n in range(self.side**2)]
+        rows = [np.concatenate(tiles[n : n + self.side], 1) for n in range(0, len(tiles), self.side)]
+        return Sample(np.concatenate(rows), ("scenes",))
+
+    def key(self, i: int) -> str:
+        return f"{self.split}/{i}"
 
 
 class Planted:
@@ -87,14 +110,20 @@ class Planted:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs="+", default=["shapes:train,length=10000"])
-    parser.add_argument("--bench", nargs="+", default=["shapes:held-form-colour,length=10000"])
+    parser.add_argument("--scenes", type=int, choices=(1, 4, 9), default=4, help="of the shapes world, a picture")
+    parser.add_argument("--train", nargs="+", help="training pictures of your own, with --bench")
+    parser.add_argument("--bench", nargs="+")
     parser.add_argument("--ranker", help="a bundle whose ranker compares, in place of the perceptual hash")
     parser.add_argument("--threshold", type=float)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
-    train, bench = (open_source(paths, DataConfig()) for paths in (args.train, args.bench))
+    if (args.train is None) != (args.bench is None):
+        parser.error("--train and --bench go together")
+    if args.train is None:
+        train, bench = (Collages(split, OTHERS, math.isqrt(args.scenes)) for split in ("train", "held-form-colour"))
+    else:
+        train, bench = (open_source(paths, DataConfig()) for paths in (args.train, args.bench))
     planted = Planted(bench, train, PLANTED)
     ranker = None if args.ranker is None else load_ranker(args.ranker)
     began = time.perf_counter()

@@ -87,6 +87,20 @@ def test_what_was_learnt_through_numbers_is_drawn_through_codes():
     assert len(model.dvae.encode(images).unique()) > 20
 
 
+def test_from_its_clusters_on_the_relaxation_goes_on_learning():
+    model, images = trained(autoencoder(n_hid=16), tiny.pictures(8, 16)), tiny.pictures(8, 16)
+    model.quantise(images, tiny.seeded(3))
+    dvae = model.dvae.requires_grad_(True)
+    optimizer, noise = torch.optim.Adam(dvae.parameters(), lr=1e-3), tiny.seeded()
+    start = dvae.hard_loss(images, dvae.encode(images)).item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        dvae.relaxed_loss(images, 0.5, 0.1, noise).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert dvae.hard_loss(images, dvae.encode(images)).item() < start - 0.5
+
+
 def test_the_same_pictures_and_seed_give_the_same_codes():
     first, again = autoencoder(), autoencoder()
     for model in (first, again):

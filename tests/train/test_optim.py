@@ -133,10 +133,11 @@ def test_with_code_features_the_vectors_of_codes_have_a_step_size_of_their_own(m
     assert found.keys() == set(names.values())
     maps = {f"code_{side}.{layer}.{kind}" for side in ("inputs", "outputs") for layer in ("hidden", "out")
             for kind in ("weight", "bias")}  # fmt: skip
-    maps |= {"image_embedding.weight", "image_head.weight"}
+    own = {"image_embedding.weight", "image_head.weight"}
     for name, group in found.items():
-        own = (group["lr_scale"], group["weight_decay"], group["matrices"]) == (0.1, 0.0, 0)
-        assert own == (name in maps), name
+        kind = (group["lr_scale"], group["weight_decay"], group["matrices"])
+        assert (kind == (0.1, 0.0, 0)) == (name in maps), name
+        assert (kind == (0.03, 0.0, 0)) == (name in own), name
 
 
 def test_weight_decay_spares_the_dvaes_biases_and_codebook():
