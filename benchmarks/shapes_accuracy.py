@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from PIL import Image
 
 from armchair.image.sheet import contact_sheet
 from armchair.sample.generate import candidate_uniforms, draw_codes
+from armchair.sample.next_token import Settings
 from armchair.sample.pipeline import load_artist
 from armchair.shapes.accuracy import Accuracy, judge
 from armchair.shapes.captions import prompts
@@ -74,13 +75,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("guidance", float)):
-        parser.add_argument(f"--{name}", type=kind)
+    for setting in fields(Settings):
+        parser.add_argument(f"--{setting.name.replace('_', '-')}", type=type(setting.default))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
-    names = ("temperature", "top_k", "top_p", "min_p", "guidance")
-    overrides = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    asked = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
+    overrides = {name: value for name, value in asked.items() if value is not None}
     results = measure(args.model, args.prompts, args.seed, overrides, args.sheet)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -605,7 +605,7 @@ def _overlap_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("train", metavar="TRAIN", help="what was learned from: a folder, .tar shards, a glob or a range")
     p.add_argument("bench", metavar="BENCH", help="what is to be measured on")
     p.add_argument("--ranker", metavar="M", help="compare through this bundle's ranker (default: a perceptual hash)")
-    p.add_argument("--threshold", type=_number, metavar="D", help="cosine distance up to which two are the same")
+    p.add_argument("--threshold", type=_number, metavar="D", help="distance up to which two are the same")
     p.add_argument("--out", metavar="LIST", help="write the keys of the benchmark pictures that were found, one a line")
     p.add_argument("--sheet", metavar="FILE", help="write a PNG of the nearest pairs, nearest first, with distances")
     p.add_argument("--pairs", type=_whole(1), default=48, metavar="N", help="pairs on the sheet (default: 48)")

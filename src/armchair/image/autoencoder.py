@@ -14,13 +14,12 @@ where pixels vary, and k-means counts what recurs by the root of how often it do
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armchair.errors import RequestError
-from armchair.image.dvae import DVAE, unmap_pixels
+from armchair.image.dvae import DVAE, distinct_rows, unmap_pixels
 
 WHITE_EPS = 1e-5
 KMEANS_POINTS = 250_000
@@ -121,11 +120,8 @@ def varied_crops(images: Tensor, side: int, step: int, generator: torch.Generato
 
 def distinct(points: Tensor) -> tuple[Tensor, Tensor]:
     """(M, C) -> those that differ in their first four decimals, (N, C), and how often each occurs, (N,) float."""
-    # Rows as opaque values: numpy sorts these many times faster than torch compares rows.
-    rounded = (points * 1e4).round().to(torch.int32).cpu().contiguous().numpy()
-    rows = rounded.view(f"V{rounded.dtype.itemsize * rounded.shape[1]}")[:, 0]
-    _, first, counts = np.unique(rows, return_index=True, return_counts=True)
-    return points[torch.from_numpy(first).to(points.device)], torch.from_numpy(counts).to(points)
+    found = distinct_rows((points * 1e4).round().to(torch.int32))
+    return points[found.first], found.counts.to(points)
 
 
 def kmeans(points: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> tuple[Tensor, float]:
