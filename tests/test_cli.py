@@ -266,10 +266,20 @@ def test_train_a_ranker_and_draw_with_it(run: Run, recipe: Path, pictures: Path)
     assert_refused(run("train", recipe, "--out", "run", "--stage", "ranker"), "recipe tiny has no ranker")
     fields = yaml.safe_load(recipe.read_text())
     fields |= {"ranker": to_dict(tiny.clip_config()), "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
+    without, recipe = recipe, recipe.with_name("ranked.yaml")
     recipe.write_text(yaml.safe_dump(fields))
     assert_refused(run("train", recipe, "--data", pictures, "--out", "ranked"), "two held-out pictures", "val_fraction")
-    result = run("train", recipe, "--data", pictures, "--out", "ranked", "--set", "data.val_fraction=0.3")
-    assert result.code == 0 and "ranker: done" in result.err
+    # A run that is finished takes a ranker afterwards, and keeps what it has.
+    flags = ("--data", pictures, "--out", "ranked", "--set", "data.val_fraction=0.3")
+    assert run("train", without, *flags).code == 0
+    drawn = run("draw", PROMPT, "--model", "ranked/bundle", "-n", 1, "--out", "plain", "--json")
+    assert json.loads(drawn.out)["images"][0]["score"] is None
+    prior = Path("ranked/bundle/prior.safetensors").read_bytes()
+    assert_refused(run("train", recipe, *flags, "--resume", "--set", "prior_training.steps=5"), "prior_training differ")
+    result = run("train", recipe, *flags, "--resume", "--set", "drawing.temperature=0.5")
+    assert result.code == 0 and "ranker: done" in result.err and "prior 1/" not in result.err
+    assert Path("ranked/bundle/prior.safetensors").read_bytes() == prior
+    assert_refused(run("train", without, *flags, "--resume"), "ranker, ranker_training differ")
 
     result = run("draw", PROMPT, "--model", "ranked/bundle", "-n", 5, "--keep", 3, "--json")
     images = json.loads(result.out)["images"]

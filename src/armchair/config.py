@@ -76,6 +76,15 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     return out
 
 
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with `above` said over it: mappings in both are merged, anything else of `above` stands instead."""
+    out = dict(below)
+    for name, value in above.items():
+        old = below.get(name)
+        out[name] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
 def _dotted(where: str, name: Any) -> str:
     return f"{where}.{name}" if where else str(name)
 

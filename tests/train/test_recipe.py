@@ -130,6 +130,35 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
         read_recipe(tmp_path / "latin.yaml")
 
 
+def test_a_recipe_may_say_only_what_differs_from_its_base(small, tmp_path):
+    (tmp_path / "below").mkdir()
+    ranked = tmp_path / "below" / "ranked.yaml"
+    ranked.write_text("base: ../small.yaml\nname: ranked\nprior_training: {steps: 7}\ndrawing: {prompts: [a, b]}\n")
+    again = tmp_path / "again.yaml"
+    again.write_text("base: below/ranked.yaml\ndrawing: {prompts: [c]}\n")
+    plain = read_recipe(small)
+    recipe = read_recipe(again, {"prior_training.lr": 1e-3})
+    assert recipe.name == "ranked"
+    assert (recipe.prior_training.steps, recipe.prior_training.batch_size, recipe.prior_training.lr) == (7, 8, 1e-3)
+    assert recipe.drawing.prompts == ("c",)
+    assert recipe.image_tokenizer == plain.image_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nothing.yaml", r"no recipe at .*nothing\.yaml, which .*own\.yaml names as its base"),
+        ("own.yaml", r"own\.yaml: base: a recipe cannot be its own base"),
+        ("3", r"own\.yaml: base: expected the path of a recipe, got 3"),
+    ],
+)
+def test_a_wrong_base_is_refused(tmp_path, base, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"base: {base}\nname: own\n")
+    with pytest.raises(RequestError, match=message):
+        read_recipe(path)
+
+
 @pytest.mark.parametrize(("crop", "told"), [("square", True), ("random", False)])
 def test_views_that_are_all_the_same_are_told_of(tmp_path, caplog, crop, told):
     recipe = {**train_tiny.RECIPE, "data": {**train_tiny.RECIPE["data"], "crop": crop}}

@@ -7,7 +7,7 @@ from typing import Any
 
 from armchair.clip.model import CLIPConfig
 from armchair.clip.negatives import NearMisses
-from armchair.config import from_dict, nearest, with_overrides
+from armchair.config import from_dict, merged, nearest, with_overrides
 from armchair.data.sources import DataConfig
 from armchair.errors import RequestError
 from armchair.image.dvae import DVAEConfig
@@ -217,21 +217,37 @@ class Recipe:
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a YAML recipe strictly. `overrides` are dotted names, `{"prior.n_layer": 4}`.
 
+    A file with `base: OTHER.yaml`, a path from its own folder, says only what differs from that recipe.
+
     Raises RequestError for a file that is missing or not YAML, and for unknown fields.
     """
+    data = _fields(path, ())
+    try:
+        return from_dict(Recipe, with_overrides(data, overrides or {}))
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def _fields(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """What the file says, over what its base says. `above`: the files that have led here."""
     import yaml  # part of the `train` extra: drawing needs no YAML
 
+    if path.resolve() in above:
+        raise RequestError(f"{path}: base: a recipe cannot be its own base")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RequestError(f"no recipe at {path}") from None
+        because = f", which {above[-1]} names as its base" if above else ""
+        raise RequestError(f"no recipe at {path}{because}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise RequestError(f"{path}: expected a mapping of fields, got {type(data).__name__}")
-    try:
-        return from_dict(Recipe, with_overrides(data, overrides or {}))
-    except RequestError as error:
-        raise RequestError(f"{path}: {error}") from None
+    if "base" not in data:
+        return data
+    base = data.pop("base")
+    if not isinstance(base, str):
+        raise RequestError(f"{path}: base: expected the path of a recipe, got {base!r}")
+    return merged(_fields(path.parent / base, (*above, path.resolve())), data)

@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -252,14 +252,19 @@ class Run:
 def start_run(
     recipe: Recipe, folder: Path, *, resume: bool, report_stream=None, **options  # type: ignore[no-untyped-def]
 ) -> Run:
-    """Open a run folder. Raises RequestError where it holds another run, or one that `resume` was not said for."""
+    """Open a run folder. Raises RequestError where it holds another run, or one that `resume` was not said for.
+
+    A run may go on with a recipe that differs in what nothing made so far depends on, see `_changes`.
+    """
     written = folder / "recipe.json"
     text = json.dumps(to_dict(recipe), indent=1, ensure_ascii=False)
     if written.exists():
         if not resume:
             raise RequestError(f"{folder} holds a run already; go on with --resume, or choose another --out")
-        if from_dict(Recipe, json.loads(written.read_text(encoding="utf-8"))) != recipe:
-            raise RequestError(f"{folder} was begun with another recipe ({written}); resume it with that one")
+        begun = from_dict(Recipe, json.loads(written.read_text(encoding="utf-8")))
+        if fixed := _changes(begun, recipe, folder):
+            differ = f"{', '.join(fixed)} differ from {written}"
+            raise RequestError(f"{folder} was begun with another recipe: {differ}; resume it with that one")
     elif resume and folder.exists() and any(folder.iterdir()):
         raise RequestError(f"{folder} holds no run to resume (no recipe.json)")
     if recipe.prior_training.views > 1 and recipe.data.crop == "square":
@@ -276,6 +281,18 @@ def start_run(
     except OSError as error:
         raise RequestError(f"cannot write to {folder}: {error.strerror or error}") from None
     return Run(recipe, folder, sources=sources, report=Report(folder, report_stream), **options)
+
+
+def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
+    """The sections that differ though something in the run was made with them.
+
+    Names, words and how the bundle draws may change at any time; a ranker, which nothing else needs, until it is begun.
+    """
+    free = {"name", "description", "licence", "limits", "drawing"}
+    if not checkpoints(folder / RankerStage.name):
+        free |= {"ranker", "ranker_training"}
+    sections = [f.name for f in fields(Recipe) if f.name not in free]
+    return [name for name in sections if getattr(begun, name) != getattr(recipe, name)]
 
 
 def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
