@@ -26,6 +26,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
 
 
+def check_name(field: str, name: str, valid: Iterable[str]) -> None:
+    """Raises RequestError, with the nearest right one, for a name that is none of `valid`."""
+    if name not in (valid := list(valid)):
+        raise RequestError(f"{field}: unknown {name!r}: {nearest(name, valid)}")
+
+
 def from_dict(cls: type[C], data: Any, where: str = "") -> C:
     """Build the config dataclass `cls` from nested mappings.
 

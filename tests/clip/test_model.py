@@ -96,7 +96,7 @@ def test_the_defaults_are_the_released_vit_b_32():
         (lambda: ImageTowerConfig(layers=(3, 4)), "layers: expected one number .* or four"),
         (lambda: ImageTowerConfig(width=10, heads=3), "width 10 cannot be shared among 3 heads"),
         (lambda: TextTowerConfig(width=10, heads=3), "width 10 is not a multiple of heads 3"),
-        (lambda: CLIPConfig(activation="gelo"), "unknown activation 'gelo': did you mean 'gelu'"),
+        (lambda: CLIPConfig(activation="gelo"), "activation: unknown 'gelo': did you mean 'gelu'"),
         (lambda: CLIPConfig(mean=(0.5, 0.5)), "mean: expected three numbers, got 2"),
     ],
 )

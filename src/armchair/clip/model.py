@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armchair.config import nearest
+from armchair.config import check_name
 from armchair.errors import RequestError
 
 MAX_LOGIT_SCALE = 100.0  # the similarity's factor is kept below, as in the paper, so that training stays stable
@@ -93,10 +93,10 @@ class CLIPConfig:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
+        check_name("kind", self.kind, ["clip"])
         if self.embed_dim < 1:
             raise RequestError(f"embed_dim: expected at least 1, got {self.embed_dim}")
-        if self.activation not in ACTIVATIONS:
-            raise RequestError(f"unknown activation {self.activation!r}: {nearest(self.activation, ACTIVATIONS)}")
+        check_name("activation", self.activation, ACTIVATIONS)
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise RequestError(f"{name}: expected three numbers, got {len(getattr(self, name))}")

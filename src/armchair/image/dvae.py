@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armchair.config import check_name
 from armchair.errors import RequestError
 
 PIXEL_EPS = 0.1  # epsilon of the pixel map: keeps logit(x) finite and well scaled
@@ -35,6 +36,7 @@ class DVAEConfig:
     min_log_scale: float = -4.0  # floor of ln b; exp(-4) is about one grey level, finer is not in 8-bit data
 
     def __post_init__(self) -> None:
+        check_name("kind", self.kind, ["dvae"])
         for name in ("resolution", "codebook_size", "n_hid", "n_init", "n_groups", "n_blocks", "patch"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -9,7 +9,7 @@ from armchair.bundle import write_bundle
 from armchair.clip.model import ACTIVATIONS, CLIP
 from armchair.clip.released import config_of, renamed
 from armchair.clip.weight_file import read_weights
-from armchair.config import nearest, to_dict
+from armchair.config import check_name, to_dict
 from armchair.errors import RequestError
 from armchair.text.clip_bpe import ClipTextTokenizer
 
@@ -26,8 +26,7 @@ def import_openai_clip(
     `quick_gelu` as OpenAI's models have, or `gelu` as most of OpenCLIP's; the weights do not tell. Raises RequestError
     for files that are not these, and where `out` is there already, without `force`.
     """
-    if activation not in ACTIVATIONS:
-        raise RequestError(f"unknown activation {activation!r}: {nearest(activation, ACTIVATIONS)}")
+    check_name("activation", activation, ACTIVATIONS)
     if out.exists() and not force:
         raise RequestError(f"{out} is there already: choose another name, or --force")
     if not weights.is_file():

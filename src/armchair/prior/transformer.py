@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, attend, check_pattern, rotary_angles, stream_mask, turn
 from armchair.prior.sequence import StreamShape, text_input_ids
@@ -46,6 +47,7 @@ class PriorConfig:
     rotary: bool = False  # whether queries and keys turn by row and column; paper: no
 
     def __post_init__(self) -> None:
+        check_name("kind", self.kind, ["transformer"])
         for name, least in (("d_model", 1), ("n_layer", 1), ("n_head", 1), ("code_features", 0)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name}: expected at least {least}, got {getattr(self, name)}")

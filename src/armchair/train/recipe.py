@@ -7,7 +7,7 @@ from typing import Any
 
 from armchair.clip.model import CLIPConfig
 from armchair.clip.negatives import NearMisses
-from armchair.config import from_dict, merged, nearest, with_overrides
+from armchair.config import check_name, from_dict, merged, with_overrides
 from armchair.data.sources import DataConfig
 from armchair.errors import RequestError
 from armchair.image.dvae import DVAEConfig
@@ -72,8 +72,7 @@ class FitConfig:
         if self.accumulate % self.at_once:
             raise RequestError(f"accumulate {self.accumulate} is not a multiple of at_once {self.at_once}")
         for name, valid in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                raise RequestError(f"{name}: unknown {getattr(self, name)!r}: {nearest(getattr(self, name), valid)}")
+            check_name(name, getattr(self, name), valid)
         for name in ("lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise RequestError(f"{name}: expected a number above 0, got {getattr(self, name)}")
@@ -153,8 +152,7 @@ class RankerTraining(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in RANKER_LOSSES:
-            raise RequestError(f"loss: unknown {self.loss!r}: {nearest(self.loss, RANKER_LOSSES)}")
+        check_name("loss", self.loss, RANKER_LOSSES)
         if self.accumulate > 1:
             raise RequestError("accumulate: the ranker's loss needs its batch whole; expected 1")
         if self.batch_size < 2:
