@@ -51,8 +51,6 @@ class Autoencoder(nn.Module):
 
     def crops(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """What is looked at of images (B, 3, R, R) in [0, 1]: a crop of each, (B, 3, crop, crop), or all of it."""
-        if self.crop is None:
-            return images
         return varied_crops(images, self.crop, self.dvae.config.factor, generator)
 
     def numbers(self, images: Tensor) -> Tensor:
@@ -99,12 +97,15 @@ class Autoencoder(nn.Module):
         return Quantised(error, centres.shape[1] * self.noise**2)
 
 
-def varied_crops(images: Tensor, side: int, step: int, generator: torch.Generator) -> Tensor:
+def varied_crops(images: Tensor, side: int | None, step: int, generator: torch.Generator) -> Tensor:
     """(B, 3, R, R) -> (B, 3, side, side), a crop of each image that holds a cell in which pixels vary.
 
-    Cells, and so the crops, lie on a grid of `step` pixels, a divisor of side and R. A cell is drawn with a chance in
-    proportion to its widest range of values, any cell where all are plain; a crop around it likewise.
+    Without a side, the whole images. Cells, and so the crops, lie on a grid of `step` pixels, a divisor of side and R.
+    A cell is drawn with a chance in proportion to its widest range of values, any cell where all are plain; a crop
+    around it likewise.
     """
+    if side is None:
+        return images
     batch, _, height, width = images.shape
     ranges = F.max_pool2d(images, step) + F.max_pool2d(-images, step)
     chances = ranges.amax(1).flatten(1) + 1e-6

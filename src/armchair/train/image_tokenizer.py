@@ -93,9 +93,8 @@ class ImageTokenizerStage(ImageStage):
         return cosine(step, self.config.kl_steps, self.config.kl_start, self.config.kl_weight)
 
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        if (side := self.config.crop) is not None:
-            where = generator(self.recipe.seed, self.name, "crops", step, part, device=batch.device)
-            batch = varied_crops(batch, side, self.model.config.factor, where)
+        where = generator(self.recipe.seed, self.name, "crops", step, part, device=batch.device)
+        batch = varied_crops(batch, self.config.crop, self.model.config.factor, where)
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
         tau, kl_weight = self.tau(step), self.kl_weight(step)
         loss, reconstruction, kl = self.model.relaxed_loss(batch, tau, kl_weight, noise)
