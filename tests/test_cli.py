@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import tiny
+from armchair import cli
 from armchair.cli import COMMANDS, main
 from armchair.config import to_dict
 from armchair.sample.png import read_record
@@ -126,6 +127,16 @@ def test_draw(draw: Run, tmp_path: Path) -> None:
     names = ["a-red-circle-01.png", "a-red-circle-02.png", "a-red-circle-grid.png"]
     assert sorted(os.listdir(tmp_path / "pictures")) == names
     assert read_record(tmp_path / "pictures" / names[1])["candidate"] == 1
+
+
+def test_long_draws_say_how_far_they_are(draw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "drawn" not in draw(PROMPT, "--out", "soon", "-n", 20).err
+    monkeypatch.setattr(cli._DrawingProgress, "every", 0.0)
+    lines = draw(PROMPT, "--out", "late", "-n", 20).err.splitlines()
+    assert [line.rpartition(",")[0] for line in lines[:-1]] == [f"'a red circle': {n} of 20 drawn" for n in (8, 16)]
+    assert lines[0].endswith(" left") and lines[-1].startswith("20 pictures")
+    # Without a ranker only what is kept is drawn.
+    assert "8 of 9 drawn" in draw(PROMPT, "--out", "kept", "-n", 20, "--keep", 9).err
 
 
 def test_draw_json(draw: Run, tiny_bundle: Path) -> None:

@@ -93,7 +93,8 @@ def draw(args: argparse.Namespace) -> None:
     results = []
     for prompt in args.prompts:
         began = time.perf_counter()
-        drawing = artist.draw(prompt, **_sampling(args))
+        progress = _DrawingProgress(prompt)
+        drawing = artist.draw(prompt, **_sampling(args), progress=progress)
         results.append(_save(drawing, out, args, time.perf_counter() - began))
     if args.json:
         print_json(results[0] if len(results) == 1 else results)
@@ -115,8 +116,9 @@ def complete(args: argparse.Namespace) -> None:
     check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
     artist = load_artist(args.model, args.device, args.ranker)
     began = time.perf_counter()
+    progress = _DrawingProgress(args.prompt)
     drawing = artist.complete(
-        image, args.prompt, redraw=args.redraw, keep_top=args.keep_top, **_sampling(args)
+        image, args.prompt, redraw=args.redraw, keep_top=args.keep_top, **_sampling(args), progress=progress
     )
     result = _save(drawing, out, args, time.perf_counter() - began)
     if args.json:
@@ -135,6 +137,25 @@ def redraw(args: argparse.Namespace) -> None:
     result = _save(drawing, target, args, time.perf_counter() - began)
     if args.json:
         print_json(result)
+
+
+class _DrawingProgress:
+    """Says every few seconds how many candidates are drawn; nothing where all of them soon are."""
+
+    every = 5.0  # seconds
+
+    def __init__(self, prompt: str):
+        self.prompt = prompt
+        self.began = self.said = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        from armchair.runtime import duration
+
+        now = time.perf_counter()
+        if done < total and now - self.said >= self.every:
+            left = duration((now - self.began) / done * (total - done))
+            say(f"{self.prompt[:60]!r}: {done} of {total} drawn, {left} left")
+            self.said = now
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

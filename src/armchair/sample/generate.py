@@ -8,7 +8,7 @@ function of (weights, caption, settings, its own uniforms) and nothing else: not
 who shares the batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,10 +82,12 @@ def draw_codes(
     uniforms: Tensor,
     settings: Settings,
     forced: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw one picture's codes a row: text_tokens (P, T), rows: which caption each is for, uniforms (B, N).
 
-    Gives codes (B, S, S) int64. `forced` (B, N) as in `draw_micro_batch`.
+    Gives codes (B, S, S) int64. `forced` (B, N) as in `draw_micro_batch`. `progress` is told how many
+    rows are done, and of how many.
     """
     prior = prior.folded()
     device = prior.image_head.weight.device
@@ -100,6 +102,8 @@ def draw_codes(
         stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
         *_, codes = draw_micro_batch(prior, prompts.rows(caption), null, stream, settings, kept)
         done.append(codes[: len(rows) - start])
+        if progress is not None:
+            progress(min(start + MICRO_BATCH, len(rows)), len(rows))
     return torch.cat(done).unflatten(1, (prior.shape.grid, prior.shape.grid))
 
 

@@ -8,7 +8,7 @@ Needs torch, numpy, pillow, tokenizers and safetensors only: nothing of training
 import math
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -225,18 +225,20 @@ class Artist:
         top_p: float | None = None,
         min_p: float | None = None,
         guidance: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Drawing:
         """Draw `candidates` (1 to 4096) pictures of a prompt and keep the best `keep` (0 or None: all).
 
         The ranker says which are best, and they come best first (paper, section 2.6). Without a ranker the first ones
-        are kept, and only they are drawn. A setting of None is the bundle's own; `Settings` has the ranges. Raises
-        RequestError for anything out of range.
+        are kept, and only they are drawn. A setting of None is the bundle's own; `Settings` has the ranges. `progress`
+        is told now and then how many candidates are drawn, and of how many. Raises RequestError for anything out of
+        range.
         """
         check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
         chosen, keep = self._candidates(candidates, keep)
         settings = self._settings(temperature, top_k, top_p, min_p, guidance)
-        codes = self._draw(prompt, chosen, seed, settings)
+        codes = self._draw(prompt, chosen, seed, settings, progress=progress)
         return self._drawing(prompt, chosen, seed, settings, codes, keep=keep)
 
     def draw_each(self, prompts: Sequence[str], *, seed: int = 0, first: int = 0) -> list[Image.Image]:
@@ -287,6 +289,7 @@ class Artist:
         top_p: float | None = None,
         min_p: float | None = None,
         guidance: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Drawing:
         """Redraw a part of a picture (paper, figure 2c) and keep every pixel outside of it exactly.
 
@@ -305,7 +308,7 @@ class Artist:
         x, y, x2, y2 = rectangle
         cell = self.resolution // self.grid
         forced[y // cell : math.ceil(y2 / cell), x // cell : math.ceil(x2 / cell)] = FREE
-        codes = self._draw(prompt, chosen, seed, settings, forced)
+        codes = self._draw(prompt, chosen, seed, settings, forced, progress)
         return self._drawing(prompt, chosen, seed, settings, codes, rectangle, forced, original, keep=keep)
 
     def redraw(self, path: str | Path) -> Drawing:
@@ -420,10 +423,12 @@ class Artist:
         seed: int,
         settings: Settings,
         forced: np.ndarray | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         uniforms = candidate_uniforms(seed, candidates, self.prior.shape.image_length)
         given = None if forced is None else torch.from_numpy(forced).flatten().expand(uniforms.shape)
-        codes = draw_codes(self.prior, self._tokens(prompt), [0] * len(candidates), uniforms, settings, given)
+        rows = [0] * len(candidates)
+        codes = draw_codes(self.prior, self._tokens(prompt), rows, uniforms, settings, given, progress)
         return codes.cpu().numpy()
 
     def _stream(self, prompt: str, seed: int, settings: Settings) -> Iterator[Image.Image | Drawing]:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from PIL import Image
 from torch import Tensor
 
+from armchair.runtime import duration
 from armchair.train.recipe import FitConfig
 
 
@@ -94,14 +95,6 @@ class Report:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{self.stage}/{group}/{name}", value, step)
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def memory_gib() -> float:
