@@ -46,3 +46,14 @@ def test_patches_are_cut_and_known_as_said():
     cut = patches.cut(picture, 8)
     assert cut.shape == (64, 192) and np.array_equal(cut[9].reshape(8, 8, 3), picture[8:16, 8:16])
     assert 0 < patches.known(8) < patches.known(4) < 1
+
+
+def test_bits_are_shared_out_among_ground_first_code_and_rest():
+    bits = benchmark("shapes_bits")
+    codes = np.array([[7, 7, 3, 7, 5, 3], [2, 2, 2, 2, 2, 2]])
+    masks = bits.parts(codes)
+    assert masks["ground"].tolist() == [[1, 1, 0, 1, 0, 0], [1] * 6]
+    assert masks["first"].tolist() == [[0, 0, 1, 0, 0, 0], [0] * 6]
+    assert masks["rest"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
+    line = bits.line("one", np.ones((1, 6)), {part: mask[:1] for part, mask in masks.items()})
+    assert line.endswith("all    6.0  ground    3.0  first    1.0  rest    2.0")
