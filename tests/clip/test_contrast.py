@@ -137,6 +137,30 @@ def test_near_misses_swap_and_exchange():
     assert makes.of("", rng) is None
 
 
+def test_near_misses_keep_to_words_that_captions_put_together():
+    forms = ["ball", "cube", "cone"]
+    captions = [
+        "a red ball left of a blue cube",
+        "a green ball left of a blue cube",
+        "a red cube left of a blue cube",
+        "a blue cube left of a red cube",
+        "a blue cube left of a red ball",
+        "a blue cube right of a red ball",
+    ]  # no blue ball, no green cube, no cone, and left of blue cubes nothing but these
+    makes = NearMisses([COLOURS, SIDES, forms], captions)
+    rng = np.random.default_rng(0)
+    for caption, false in ((0, {1}), (2, {0, 3}), (4, {5})):
+        found = {makes.of(captions[caption], rng) for _ in range(200)}
+        assert found == {captions[i] for i in false}
+    assert makes.links("a red ball left of a blue cube") == {
+        ("red",), ("ball",), ("left of",), ("blue",), ("cube",),
+        ("red", "left of"), ("red", "ball"), ("ball", "left of"), ("ball", "blue"),
+        ("left of", "blue"), ("left of", "cube"), ("blue", "cube"),
+    }  # fmt: skip
+    assert NearMisses([COLOURS], ["red", "blue"]).of("a red ball", rng) == "a blue ball"
+    assert NearMisses([COLOURS, forms], ["a red ball", "blue cone"]).of("a red ball", rng) is None
+
+
 @pytest.mark.parametrize("kinds", [[["red"]], [["red", "red"]], [["red", "blue"], ["blue", "green"]], [["red", " "]]])
 def test_kinds_of_words_that_cannot_be_told_apart_are_refused(kinds):
     with pytest.raises(RequestError, match="near_misses"):

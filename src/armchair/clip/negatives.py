@@ -2,11 +2,15 @@
 
 A contrastive model that only ever has to tell a caption from those of other pictures gets by on which words occur, and
 not on which belongs to which (Yuksekgonul et al., 2023); a caption that differs in nothing else cannot be told so.
+
+Where no picture shows a blue star, "a blue star" would only ever be met as a caption that is false, and a model soon
+knows by the words alone that it is, whatever the picture. So false captions put no words together that the captions of
+the pictures never do.
 """
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,9 +18,12 @@ from armchair.errors import RequestError
 
 
 class NearMisses:
-    """Makes false captions from `kinds`, lists of words or phrases that could each stand where another does."""
+    """Makes false captions from `kinds`, lists of words or phrases that could each stand where another does.
 
-    def __init__(self, kinds: Sequence[Sequence[str]]):
+    captions: those of the pictures; `of` then keeps to the words and pairs of words (`links`) that occur in them.
+    """
+
+    def __init__(self, kinds: Sequence[Sequence[str]], captions: Iterable[str] | None = None):
         self.kind_of: dict[str, int] = {}
         for i, kind in enumerate(kinds):
             if len(set(kind)) < 2:
@@ -28,6 +35,7 @@ class NearMisses:
         self.kinds = [tuple(word.lower() for word in kind) for kind in kinds]
         words = sorted(self.kind_of, key=len, reverse=True)  # the longest first: "light blue" before "blue"
         self.pattern = re.compile(r"\b(" + "|".join(map(re.escape, words)) + r")\b") if words else None
+        self.heard = None if captions is None else {link for caption in captions for link in self.links(caption)}
 
     def of(self, caption: str, rng: np.random.Generator) -> str | None:
         """A caption that is false where `caption` is true; None where there is nothing to swap or exchange.
@@ -35,16 +43,33 @@ class NearMisses:
         The kind is drawn first, or a relation would be asked for as seldom as it has few words. Where two different
         words of it occur, half of the time they are swapped; else one is exchanged for another that is not there.
         """
-        possible = []
-        for kind in sorted({self.kind_of[m[0]] for m in self._words(caption)}):
-            swapped, exchanged = self.swaps(caption, kind), self.exchanges(caption, kind)
-            if swapped or exchanged:
-                possible.append((swapped, exchanged))
-        if not possible:
-            return None
-        swapped, exchanged = possible[int(rng.integers(len(possible)))]
-        choices = swapped if swapped and (not exchanged or rng.random() < 0.5) else exchanged
-        return choices[int(rng.integers(len(choices)))]
+        kinds = sorted({self.kind_of[m[0]] for m in self._words(caption)})
+        for kind in rng.permutation(kinds).tolist():
+            ways = [self.swaps, self.exchanges]
+            for way in ways if rng.random() < 0.5 else reversed(ways):
+                choices = way(caption, kind)
+                for i in rng.permutation(len(choices)):
+                    if self.heard is None or self.links(choices[i]) <= self.heard:
+                        return choices[i]
+        return None
+
+    def links(self, caption: str) -> set[tuple[str, ...]]:
+        """The words, and the pairs of different kinds, in their order, with no word of either kind between them.
+
+        Of "a large red star left of a blue circle" the pairs have (red, star) and (star, blue), not (red, circle).
+        """
+        words = [m[0] for m in self._words(caption)]
+        found: set[tuple[str, ...]] = {(word,) for word in words}
+        for i, word in enumerate(words):
+            passed: set[int] = set()
+            for other in words[i + 1 :]:
+                kind = self.kind_of[other]
+                if kind == self.kind_of[word]:
+                    break
+                if kind not in passed:
+                    found.add((word, other))
+                passed.add(kind)
+        return found
 
     def swaps(self, caption: str, kind: int | None = None) -> list[str]:
         """Every caption in which two different words of a kind (of kind number `kind`) have changed places."""

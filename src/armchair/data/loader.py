@@ -296,6 +296,15 @@ def _stream(
         pool.shutdown(cancel_futures=True)
 
 
+def all_captions(source: Source, limit: int) -> Iterator[str]:
+    """The captions of the first `limit` samples that are not broken, as they are written."""
+    for i in range(min(len(source), limit)):
+        try:
+            yield from source.fields(i)["caption"]
+        except BrokenSample:
+            continue
+
+
 def caption_choices(source: Source, i: int, sample: Sample, config: DataConfig) -> list[list[str]]:
     """What a sample's caption is drawn from: one list a template, each as likely as the other, of its texts.
 

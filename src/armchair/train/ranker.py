@@ -11,7 +11,7 @@ from torch import Tensor
 from armchair.clip.contrast import contrastive_loss, retrieval_ranks, same_captions, sigmoid_loss
 from armchair.clip.model import CLIP
 from armchair.clip.negatives import NearMisses
-from armchair.data.loader import batches, caption_choices
+from armchair.data.loader import all_captions, batches, caption_choices
 from armchair.data.sources import DataConfig, Source
 from armchair.errors import WorkError
 from armchair.image.pixels import BrokenSample, square, stack, to_pil
@@ -60,7 +60,8 @@ class RankerStage:
     ):
         self.recipe, self.config, self.model, self.source, self.val = recipe, config, model, source, val
         self.tokenizer = tokenizer
-        self.near_misses = NearMisses(config.near_misses)
+        captions = all_captions(source, recipe.text_tokenizer.captions) if config.near_misses else ()
+        self.near_misses = NearMisses(config.near_misses, captions)
 
     def batches(self, start_step: int) -> Generator[Any, None, None]:
         """(images (B, 3, R, R), tokens (B, L), same (B, B), false tokens (B, M, L) or None) from `start_step` on."""

@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -29,13 +29,12 @@ from armchair.bundle import Bundle, write_bundle
 from armchair.card import render_card
 from armchair.clip.model import CLIP, TextShape
 from armchair.config import from_dict, to_dict
-from armchair.data.loader import split
+from armchair.data.loader import all_captions, split
 from armchair.data.sources import Source, open_source
 from armchair.data.token_cache import TokenCache, build_cache, open_cache
 from armchair.errors import RequestError, WorkError
 from armchair.image.autoencoder import Autoencoder
 from armchair.image.dvae import DVAE
-from armchair.image.pixels import BrokenSample
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior
 from armchair.runtime import autocast, generator, stream_seed
@@ -97,7 +96,7 @@ class Run:
             tokenizer = TextTokenizer.from_json(self.init.text_tokenizer)
         else:
             config = self.recipe.text_tokenizer
-            tokenizer = TextTokenizer.train(_captions(self.train_source, config.captions), config.vocab_size)
+            tokenizer = TextTokenizer.train(all_captions(self.train_source, config.captions), config.vocab_size)
         _write_text(place, tokenizer.to_json())
         self.report.message(f"text_tokenizer: {tokenizer.vocab_size} entries")
         return tokenizer
@@ -324,14 +323,6 @@ def _open_data(recipe: Recipe) -> tuple[Source, Source]:
     if len(train) < 2:
         raise RequestError("one image cannot be both trained and validated on; give data.val")
     return split(train, data.val_fraction)
-
-
-def _captions(source: Source, limit: int) -> Iterator[str]:
-    for i in range(min(len(source), limit)):
-        try:
-            yield from source.fields(i)["caption"]
-        except BrokenSample:
-            continue
 
 
 def _initialised(make: Callable[[], nn.Module], seed: int, name: str):  # type: ignore[no-untyped-def]
