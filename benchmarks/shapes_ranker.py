@@ -24,6 +24,7 @@ from PIL import Image
 from armchair.clip.contrast import retrieval_ranks
 from armchair.clip.negatives import NearMisses
 from armchair.sample.pipeline import Artist, load_artist
+from armchair.sample.ranker import Ranker, load_ranker
 from armchair.shapes.accuracy import judge, judge_scene, wilson
 from armchair.shapes.captions import prompts
 from armchair.shapes.world import COLOURS, COUNTS, FILLS, FORMS, SIZES, render, scene
@@ -34,18 +35,18 @@ SIDES = NearMisses([("left of", "right of"), ("above", "below")])
 DISTRACTORS = 100
 
 
-def retrieval(artist: Artist, split: str, count: int) -> dict:
+def retrieval(ranker: Ranker, split: str, count: int) -> dict:
     scenes = [scene(i, split=split) for i in range(count)]
     wanted = prompts(count, split=split)
-    texts = artist.embed_texts([p.text for p in wanted])
-    pictures = artist.embed_images([Image.fromarray(render(s)) for s in scenes])
+    texts = ranker.embed_texts([p.text for p in wanted])
+    pictures = ranker.embed_images([Image.fromarray(render(s)) for s in scenes])
     true = torch.tensor([[judge_scene(p, s).whole for p in wanted] for s in scenes])
     ranks = retrieval_ranks(pictures, texts, true, DISTRACTORS)
     found = {f"recall_{k}": share(int((ranks < k).sum()), count) for k in (1, 5, 10)}
     return {"pictures": count, **found}
 
 
-def swapped(artist: Artist, split: str, count: int, misses: NearMisses, every: bool) -> dict:
+def swapped(ranker: Ranker, split: str, count: int, misses: NearMisses, every: bool) -> dict:
     """Of scenes with two objects; `every`: all swaps of a prompt, else the exchanges."""
     true, false, of = [], [], []
     for i, prompt in enumerate(prompts(count, split=split, objects=2)):
@@ -53,8 +54,8 @@ def swapped(artist: Artist, split: str, count: int, misses: NearMisses, every: b
             true.append(prompt.text)
             false.append(text)
             of.append(i)
-    shown = artist.embed_images([Image.fromarray(render(scene(i, split=split, objects=2))) for i in range(count)])
-    right, wrong = artist.embed_texts(true), artist.embed_texts(false)
+    shown = ranker.embed_images([Image.fromarray(render(scene(i, split=split, objects=2))) for i in range(count)])
+    right, wrong = ranker.embed_texts(true), ranker.embed_texts(false)
     told = (shown[of] * right).sum(1) > (shown[of] * wrong).sum(1)
     return {"pairs": len(told), "told": share(int(told.sum()), len(told))}
 
@@ -98,12 +99,12 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    artist = load_artist(args.model)
-    jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(artist, s, args.pictures) for s in SPLITS}
+    artist, ranker = load_artist(args.model), load_ranker(args.model)
+    jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in SPLITS}
     for split in SPLITS:
         if 2 in COUNTS[split]:
-            jobs[f"swapped {split}"] = lambda s=split: swapped(artist, s, args.pictures, ATTRIBUTES, True)
-            jobs[f"turned {split}"] = lambda s=split: swapped(artist, s, args.pictures, SIDES, False)
+            jobs[f"swapped {split}"] = lambda s=split: swapped(ranker, s, args.pictures, ATTRIBUTES, True)
+            jobs[f"turned {split}"] = lambda s=split: swapped(ranker, s, args.pictures, SIDES, False)
     if args.prompts:
         for split, objects in (("val", 2), ("held-form-colour", 1), ("held-form-colour", 2), ("held-relation-form", 2)):
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(

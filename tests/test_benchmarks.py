@@ -8,6 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from conftest import write_tiny_bundle
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -57,3 +59,20 @@ def test_bits_are_shared_out_among_ground_first_code_and_rest():
     assert masks["rest"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
     line = bits.line("one", np.ones((1, 6)), {part: mask[:1] for part, mask in masks.items()})
     assert line.endswith("all    6.0  ground    3.0  first    1.0  rest    2.0")
+
+
+def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, monkeypatch):
+    bundle, found = write_tiny_bundle(tmp_path / "bundle", ranked=True, resolution=64), tmp_path / "found.json"
+
+    def run(name: str, *flags: object) -> str:
+        monkeypatch.setattr("sys.argv", [name, str(bundle), *map(str, flags)])
+        benchmark(name).main()
+        return capsys.readouterr().out
+
+    out = run("shapes_ranker", "--pictures", 12, "--prompts", 2, "--most", 4, "--json", found)
+    results = json.loads(found.read_text())
+    assert results["retrieval val"]["pictures"] == 12 and "swapped held-form-colour" in out
+    best = results["best of N val 2"]
+    assert best["best_of_1"] == best["any_of_1"] and best["best_of_4"]["share"] <= best["any_of_4"]["share"]
+    assert "held-form-colour 1" in run("shapes_bits", "--scenes", 4, "--count", 8)
+    assert "held-count" in run("shapes_accuracy", "--prompts", 4)
