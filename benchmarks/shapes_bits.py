@@ -14,16 +14,14 @@ import argparse
 from collections import defaultdict
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
+from armchair.eval.likelihood import token_nats
 from armchair.sample.pipeline import Artist, load_artist
 from armchair.shapes.captions import prompts
 from armchair.shapes.world import HELD_FORM_COLOUR, Scene, render, scene
 
 ROWS = (("val", 1), ("val", 2), ("held-form-colour", 1), ("held-form-colour", 2))
-BATCH = 32
 RARE = (0, 100, 300, 1000)  # bounds of how often a code occurs, in 10 million codes
 
 
@@ -32,17 +30,6 @@ def codes_of(artist: Artist, scenes: list[Scene]) -> np.ndarray:
     chunks = [scenes[i : i + 256] for i in range(0, len(scenes), 256)]
     codes = [artist.encode([Image.fromarray(render(s)) for s in chunk]) for chunk in chunks]
     return np.concatenate(codes).reshape(len(scenes), -1)
-
-
-@torch.inference_mode()
-def bits_of(artist: Artist, texts: list[str], codes: np.ndarray) -> np.ndarray:
-    """-log2 p of each code of pictures with these captions, (pictures, N)."""
-    tokens = torch.from_numpy(artist.text_tokenizer.encode(texts, artist.prior.shape.text_length))
-    found = []
-    for t, c in zip(tokens.split(BATCH), torch.from_numpy(codes).split(BATCH), strict=True):
-        logits = artist.prior(t.to(artist.device), c.to(artist.device))[1].float().cpu()
-        found.append(F.cross_entropy(logits.transpose(1, 2), c, reduction="none"))
-    return torch.cat(found).numpy() / np.log(2)
 
 
 def parts(codes: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,7 +59,8 @@ def main() -> None:
     for split, objects in ROWS:
         scenes = [scene(i, split=split, objects=objects) for i in range(args.scenes)]
         codes = codes_of(artist, scenes)
-        bits = bits_of(artist, [p.text for p in prompts(len(scenes), split=split, objects=objects)], codes)
+        texts = [p.text for p in prompts(len(scenes), split=split, objects=objects)]
+        bits = token_nats(artist, texts, codes)[1].cpu().numpy() / np.log(2)
         masks = parts(codes)
         print(line(f"{split} {objects}", bits, masks), flush=True)
         drawn = ~masks["ground"]

@@ -24,7 +24,7 @@ from PIL import Image
 from armchair.clip.contrast import retrieval_ranks
 from armchair.clip.negatives import NearMisses
 from armchair.sample.pipeline import Artist, load_artist
-from armchair.sample.ranker import Ranker, load_ranker
+from armchair.sample.ranker import Ranker
 from armchair.shapes.accuracy import judge, judge_scene, wilson
 from armchair.shapes.captions import prompts
 from armchair.shapes.world import COLOURS, COUNTS, FILLS, FORMS, SIZES, render, scene
@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    artist, ranker = load_artist(args.model), load_ranker(args.model)
+    artist = load_artist(args.model)
+    if (ranker := artist.ranker) is None:
+        parser.error(f"{args.model} has no ranker")
     jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in SPLITS}
     for split in SPLITS:
         if 2 in COUNTS[split]:

@@ -1,5 +1,7 @@
 """How well the prior predicts captions and codes it has not seen, and those that it has."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from armchair.eval.figures import Cell, Figure, Section, Table, bootstrap, mean_figure
 from armchair.eval.pairs import Context, Pairs
+from armchair.sample.pipeline import Artist
 
 BATCH = 32
 LN2 = float(np.log(2))
@@ -34,19 +37,25 @@ def likelihood(context: Context) -> Section:
     )
 
 
-@torch.inference_mode()
 def _bits(context: Context, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    artist = context.artist
+    codes = context.artist.encode(context.pil(pairs.images))
+    text, image = token_nats(context.artist, pairs.captions, codes)
+    return text.mean(1).cpu().numpy() / LN2, image.mean(1).cpu().numpy() / LN2
+
+
+@torch.inference_mode()
+def token_nats(artist: Artist, captions: Sequence[str], codes: np.ndarray) -> tuple[Tensor, Tensor]:
+    """-ln p of each text token, (B, T), and of each code, (B, N), of pictures with codes (B, S, S)."""
     prior = artist.prior
-    tokens = torch.from_numpy(artist.text_tokenizer.encode(pairs.captions, prior.shape.text_length)).to(artist.device)
-    codes = torch.from_numpy(artist.encode(context.pil(pairs.images))).flatten(1).to(artist.device)
+    tokens = torch.from_numpy(artist.text_tokenizer.encode(captions, prior.shape.text_length)).to(artist.device)
+    grids = torch.from_numpy(codes).flatten(1).to(artist.device)
     text: list[Tensor] = []
     image: list[Tensor] = []
-    for t, c in zip(tokens.split(BATCH), codes.split(BATCH), strict=True):
+    for t, c in zip(tokens.split(BATCH), grids.split(BATCH), strict=True):
         text_logits, image_logits = prior(t, c)
-        text.append(F.cross_entropy(text_logits.float().transpose(1, 2), t, reduction="none").mean(1))
-        image.append(F.cross_entropy(image_logits.float().transpose(1, 2), c, reduction="none").mean(1))
-    return torch.cat(text).cpu().numpy() / LN2, torch.cat(image).cpu().numpy() / LN2
+        text.append(F.cross_entropy(text_logits.float().transpose(1, 2), t, reduction="none"))
+        image.append(F.cross_entropy(image_logits.float().transpose(1, 2), c, reduction="none"))
+    return torch.cat(text), torch.cat(image)
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> Figure:

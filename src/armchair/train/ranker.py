@@ -1,5 +1,6 @@
 """The ranker: CLIP on the same captioned images (paper, section 2.6; Radford et al., 2021)."""
 
+import functools
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -60,8 +61,12 @@ class RankerStage:
     ):
         self.recipe, self.config, self.model, self.source, self.val = recipe, config, model, source, val
         self.tokenizer = tokenizer
-        captions = all_captions(source, recipe.text_tokenizer.captions) if config.near_misses else ()
-        self.near_misses = NearMisses(config.near_misses, captions)
+
+    @functools.cached_property
+    def near_misses(self) -> NearMisses:
+        """Reads every caption once, so only where there is something left to train."""
+        captions = all_captions(self.source, self.recipe.text_tokenizer.captions) if self.config.near_misses else ()
+        return NearMisses(self.config.near_misses, captions)
 
     def batches(self, start_step: int) -> Generator[Any, None, None]:
         """(images (B, 3, R, R), tokens (B, L), same (B, B), false tokens (B, M, L) or None) from `start_step` on."""
