@@ -5,7 +5,7 @@ from torch import Tensor
 
 import tiny
 from armchair.clip.contrast import contrastive_loss
-from armchair.clip.model import CLIP, CLIPConfig, ImageTowerConfig, TextShape, TextTowerConfig
+from armchair.clip.model import CLIP, CLIPConfig, ImageTowerConfig, TextShape, TextTowerConfig, waves
 from armchair.errors import RequestError
 
 TOKENS = torch.tensor([[3, 5, 19, 19, 19, 19], [7, 1, 2, 4, 6, 19], [19, 19, 19, 19, 19, 19]])
@@ -47,6 +47,25 @@ def test_what_comes_after_the_end_does_not_matter_and_what_comes_before_does():
             other = TOKENS.clone()
             other[0, position] = 9
             assert (model.encode_text(other)[0] - before[0]).abs().max() > 1e-4
+
+
+def test_a_short_caption_reads_the_same_beside_a_long_one():
+    model = tiny.clip()
+    short = torch.tensor([[3, 5, 19, 19, 19, 19], [19, 19, 19, 19, 19, 19]])  # alone, the rest of the row is not read
+    full = torch.tensor([[7, 1, 2, 4, 6, 19]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(torch.cat([short, full]))[:2], model.encode_text(short))
+
+
+@pytest.mark.parametrize(("side", "width"), [(8, 192), (7, 768), (3, 10)])
+def test_positions_start_out_most_like_those_next_to_them(side, width):
+    position = waves(side, width)
+    assert position.shape == (side**2, width)
+    apart = torch.cdist(position, position).fill_diagonal_(float("inf"))
+    nearest = apart.argmin(1)
+    place = torch.arange(side**2)
+    steps = (place // side - nearest // side).abs() + (place % side - nearest % side).abs()
+    assert (steps == 1).all()
 
 
 def test_other_sizes_are_resized():

@@ -51,7 +51,7 @@ def test_without_kinds_of_words_there_are_no_false_captions(tmp_path):
 
 def test_eight_pictures_are_learnt_by_heart(tmp_path):
     s = stage(tmp_path)
-    optimizer = torch.optim.Adam(s.model.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(s.model.parameters(), lr=1e-3)
     before = s.validate(s.model.eval())
     s.source = open_source(["shapes:val,length=8"], s.recipe.data)
     s.config = dataclasses.replace(s.config, batch_size=8)
