@@ -11,7 +11,7 @@ import tiny
 from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS
 from armchair.prior.sequence import StreamShape, null_text, stream_loss, text_input_ids
-from armchair.prior.transformer import Prior, PriorConfig
+from armchair.prior.transformer import Dropout, Prior, PriorConfig
 from armchair.train.muon import MuonAdamW
 from armchair.train.optim import parameter_groups
 
@@ -120,6 +120,40 @@ def test_each_position_has_its_own_pad():
     assert torch.equal(null_text(2, stream), torch.full((2, 4), 11))
     ids = text_input_ids(null_text(1, stream), stream)
     assert len(ids.unique()) == 5 and int(ids.max()) < tiny.prior(stream, "row").text_embedding.num_embeddings
+
+
+def dropout(features: float = 0.0, codes: float = 0.0, seed: int = 0) -> Dropout:
+    return Dropout(features=features, codes=codes, generator=torch.Generator().manual_seed(seed))
+
+
+def test_codes_that_are_left_out_are_not_seen():
+    stream = tiny.shape(4, 3)
+    model, text = tiny.prior(stream, "full"), tiny.texts(2, stream)
+    one, other = tiny.codes(2, stream, 1), tiny.codes(2, stream, 2)
+    with torch.no_grad():
+        unseen = [model(text, codes, dropout(codes=1.0))[1] for codes in (one, other)]
+        seen = [model(text, codes, dropout(codes=0.0))[1] for codes in (one, other)]
+        assert torch.equal(*unseen) and not torch.equal(*seen)
+        assert torch.equal(seen[0], model(text, one)[1])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_what_is_left_out_is_as_often_as_asked_and_keeps_the_mean(share):
+    left = dropout(features=share, codes=share)
+    x = torch.full((100, 50, 8), 3.0)
+    features, codes = left.of_features(x), left.of_codes(x)
+    for y in (features, codes):
+        assert abs(float((y == 0).float().mean()) - share) < 0.03
+    assert abs(float(features.mean()) - 3) < 0.1
+    assert ((codes == 0).all(2) | (codes == 3).all(2)).all()  # a code as a whole, or not at all
+
+
+def test_dropout_is_a_function_of_its_generator():
+    stream = tiny.shape(4, 3)
+    model, text, codes = tiny.prior(stream, "full"), tiny.texts(2, stream), tiny.codes(2, stream)
+    with torch.no_grad():
+        first, again, other = (model(text, codes, dropout(0.3, 0.3, seed))[1] for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_pads_are_attended_to():

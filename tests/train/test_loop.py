@@ -2,6 +2,7 @@ import contextlib
 import copy
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,22 @@ def test_captions_are_left_out_as_often_as_asked(share):
     empty = (text == pad).all(1)
     assert abs(float(empty.float().mean()) - share) < 0.08
     assert torch.equal(empty, (later == pad).all(1)) == (share in (0, 1))  # others in each step
+
+
+def test_dropout_differs_by_step_and_part_and_is_not_there_in_validation():
+    stage = prior_stage(dropout=0.2, code_dropout=0.2)
+    for p in stage.model.parameters():
+        p.data.normal_(std=0.3)
+    part = next(stage.batches(0))
+
+    def loss(step: int, number: int) -> float:
+        with torch.no_grad():
+            return float(stage.loss(part, step, number)[0])
+
+    assert loss(0, 0) == loss(0, 0) and len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+    assert stage.validate(stage.model) == stage.validate(stage.model)
+    stage.config = replace(stage.config, dropout=0.0, code_dropout=0.0)
+    assert loss(0, 0) == loss(0, 1) == loss(1, 0)
 
 
 class Painter(nn.Module):

@@ -101,6 +101,33 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """What training leaves out, drawn from `generator`; the paper has none, its pictures being 250 million.
+
+    features: share of what a block adds to the stream, the rest being scaled up (Srivastava et al., 2014).
+    codes: share of codes that the others do not get to see (their positions they do), so that more is left to be said
+    by the caption (word dropout; Bowman et al., "Generating Sentences from a Continuous Space", 2016).
+    """
+
+    features: float
+    codes: float
+    generator: torch.Generator
+
+    def of_features(self, x: Tensor) -> Tensor:
+        if not self.features:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1 - self.features, generator=self.generator)
+        return x * keep / (1 - self.features)
+
+    def of_codes(self, x: Tensor) -> Tensor:
+        """x: (B, N, D), a code a position."""
+        if not self.codes:
+            return x
+        seen = torch.rand(x.shape[:2], generator=self.generator, device=x.device) >= self.codes
+        return x * seen[..., None]
+
+
 class CodeVectors(nn.Module):
     """Vectors for the codes, (K, D), computed from those that the image tokenizer has for them, (K, C).
 
@@ -223,19 +250,24 @@ class Prior(nn.Module):
 
     # Training: the whole stream at once.
 
-    def forward(self, text_tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, text_tokens: Tensor, codes: Tensor, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
         """text_tokens (B, T) with pads, codes (B, N) -> text logits (B, T, V+1), image logits (B, N, K)."""
         t = self.shape.text_length
         inputs, outputs = self._code_tables()
-        image = F.embedding(codes[:, :-1], inputs) + self._positions()[: codes.shape[1] - 1]
+        image = F.embedding(codes[:, :-1], inputs)
+        if dropout is not None:
+            image = dropout.of_codes(image)
+        image = image + self._positions()[: codes.shape[1] - 1]
         x = torch.cat([self._embed_text(text_tokens), image], dim=1)  # (B, L, D)
         for block, pattern in zip(self.blocks, self.config.patterns, strict=True):
             mask = getattr(self, f"mask_{pattern}")
             q, k, v = block.attention.heads(block.attention_norm(x))
             if self.config.rotary:
                 q, k = turn(q, self.query_angles), turn(k, self.key_angles)
-            x = x + block.attention.merge(attend(q, k, v, mask))
-            x = x + block.mlp(x)
+            a = block.attention.merge(attend(q, k, v, mask))
+            x = x + (a if dropout is None else dropout.of_features(a))
+            m = block.mlp(x)
+            x = x + (m if dropout is None else dropout.of_features(m))
         x = self.norm(x)
         return self.text_head(x[:, :t]), F.linear(x[:, t:], outputs, self.image_head.bias)
 

@@ -17,8 +17,8 @@ from armchair.image.dvae import DVAE
 from armchair.image.pixels import to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import stream_loss
-from armchair.prior.transformer import Prior
-from armchair.runtime import stream_seed
+from armchair.prior.transformer import Dropout, Prior
+from armchair.runtime import generator, stream_seed
 from armchair.sample.generate import candidate_uniforms, draw_codes
 from armchair.sample.next_token import Settings
 from armchair.shapes.accuracy import Accuracy, judge
@@ -79,9 +79,16 @@ class PriorStage:
 
     def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         text, codes = batch
-        text_logits, image_logits = self.model(text, codes)
+        text_logits, image_logits = self.model(text, codes, self._dropout(step, part, codes.device))
         loss = stream_loss(text_logits, image_logits, text, codes, self.config.text_weight)
         return loss.loss, _figures(loss.text.detach(), loss.image.detach())
+
+    def _dropout(self, step: int, part: int, device: torch.device) -> Dropout | None:
+        config = self.config
+        if not (config.dropout or config.code_dropout):
+            return None
+        own = generator(self.recipe.seed, self.name, "dropout", step, part, device=device)
+        return Dropout(features=config.dropout, codes=config.code_dropout, generator=own)
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:

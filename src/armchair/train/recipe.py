@@ -131,12 +131,20 @@ class PriorTraining(FitConfig):
 
     text_weight: float = 1 / 8
     caption_dropout: float = 0.1  # share of captions left out, which is what guidance needs
+    dropout: float = 0.0  # share of what a block adds that is left out, against learning few pictures by heart
+    code_dropout: float = 0.0  # share of codes that those after them do not see, so that more is left to the caption
     views: int = 1  # times each image is encoded: once as it is, the rest with random crops
     beta2: float = 0.96
     weight_decay: float = 4.5e-2
     clip: float = 4.0
     accuracy_prompts: int = 0  # prompts of the shapes world, of each kind, drawn and read at each validation
     collapse_codes: int = 8  # warn where sampled pictures hold fewer distinct codes (and real ones do not)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dropout", "code_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RequestError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
