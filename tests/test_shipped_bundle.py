@@ -29,11 +29,19 @@ def test_greedy_drawings_do_not_collapse_to_few_codes(artist):
     assert np.median(counts) > 30 and min(counts) > 8
 
 
-def test_a_red_apple_is_red_on_a_light_ground(artist):
+@pytest.mark.xfail(reason="the median of eight red apples is red in 0.07 of it; the former bundle passed", strict=True)
+def test_most_red_apples_are_red_on_a_light_ground(artist):
+    check_red(artist, artist.draw("a red apple", candidates=8, seed=0).images)
+
+
+def test_the_best_red_apple_of_four_is_red_on_a_light_ground(artist):
+    check_red(artist, [artist.draw("a red apple", candidates=4, seed=seed).images[0] for seed in range(6)])
+
+
+def check_red(artist, pictures):
     if artist.bundle.name != "emoji":
         pytest.skip("only the emoji bundle knows apples")
-    best = [artist.draw("a red apple", candidates=4, seed=seed).images[0] for seed in range(6)]
-    images = [np.asarray(im, dtype=float) for im in best]
+    images = [np.asarray(im, dtype=float) for im in pictures]
     red = [np.mean((im[..., 0] > 150) & (im[..., 1] < 110) & (im[..., 2] < 110)) for im in images]
     corners = [im[[0, 0, -1, -1], [0, -1, 0, -1]].mean() for im in images]
     assert np.median(red) > 0.15  # share of the picture that is red

@@ -49,9 +49,13 @@ def test_without_kinds_of_words_there_are_no_false_captions(tmp_path):
     assert "near_misses_told" not in s.validate(s.model.eval())
 
 
-def test_eight_pictures_are_learnt_by_heart(tmp_path):
+STUCK = pytest.mark.xfail(reason="from its larger start it stays at chance at this step size", strict=True)
+
+
+@pytest.mark.parametrize("lr", [1e-3, pytest.param(5e-3, marks=STUCK)])
+def test_eight_pictures_are_learnt_by_heart(tmp_path, lr):
     s = stage(tmp_path)
-    optimizer = torch.optim.Adam(s.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(s.model.parameters(), lr=lr)
     before = s.validate(s.model.eval())
     s.source = open_source(["shapes:val,length=8"], s.recipe.data)
     s.config = dataclasses.replace(s.config, batch_size=8)
