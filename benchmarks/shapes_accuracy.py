@@ -34,18 +34,19 @@ SUITES = (
 )
 
 
-def measure(model: str, count: int, seed: int, overrides: dict, sheet: Path | None) -> dict:
-    artist = load_artist(model)
+def measure(model: str, count: int, seed: int, overrides: dict, sheet: Path | None, weights: str | None) -> dict:
+    artist = load_artist(model, weights=weights)
     settings = replace(artist.settings, **overrides)
     length = artist.prior.shape.text_length
-    results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings.__dict__, "seed": seed, "suites": {}}
+    about = {"bundle": artist.bundle.fingerprint, "settings": settings.__dict__, "weights": artist.weights}
+    results: dict = {**about, "seed": seed, "suites": {}}
     shown, labels = [], []
     for split, objects in SUITES:
         began = time.time()
         wanted = prompts(count, split=split, objects=objects, seed=seed)
         tokens = torch.from_numpy(artist.text_tokenizer.encode([p.text for p in wanted], length))
         uniforms = candidate_uniforms(seed, range(count), artist.prior.shape.image_length)
-        codes = draw_codes(artist.prior, tokens, range(count), uniforms, settings)
+        codes = draw_codes(artist.decoder(), tokens, range(count), uniforms, settings)
         images = artist.decode(codes.numpy())
         verdicts = [judge(p, image) for p, image in zip(wanted, images, strict=True)]
         accuracy = Accuracy.of(verdicts)
@@ -77,12 +78,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for setting in fields(Settings):
         parser.add_argument(f"--{setting.name.replace('_', '-')}", type=type(setting.default))
+    parser.add_argument("--weights", help="int8, bf16 or fp32, as armchair draw has it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
     asked = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     overrides = {name: value for name, value in asked.items() if value is not None}
-    results = measure(args.model, args.prompts, args.seed, overrides, args.sheet)
+    results = measure(args.model, args.prompts, args.seed, overrides, args.sheet, args.weights)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -76,3 +76,15 @@ def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, mo
     assert best["best_of_1"] == best["any_of_1"] and best["best_of_4"]["share"] <= best["any_of_4"]["share"]
     assert "held-form-colour 1" in run("shapes_bits", "--scenes", 4, "--count", 8)
     assert "held-count" in run("shapes_accuracy", "--prompts", 4)
+
+
+def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):
+    bundle, found = write_tiny_bundle(tmp_path / "bundle", resolution=64), tmp_path / "found.json"
+    monkeypatch.setattr(
+        "sys.argv", ["", str(bundle), "--data", "shapes:val,length=6", "--pictures", "6", "--json", str(found)]
+    )
+    benchmark("engine_quality").main()
+    results = json.loads(found.read_text())
+    assert results["pictures"] == 6 and abs(results["fp32"]["rise_percent"]) < 1e-3
+    assert 0 < abs(results["int8"]["rise_percent"]) < 2
+    assert "int8" in capsys.readouterr().out

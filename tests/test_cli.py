@@ -130,13 +130,13 @@ def test_draw(draw: Run, tmp_path: Path) -> None:
 
 
 def test_long_draws_say_how_far_they_are(draw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "drawn" not in draw(PROMPT, "--out", "soon", "-n", 20).err
+    assert "drawn" not in draw(PROMPT, "--out", "soon", "-n", 40).err
     monkeypatch.setattr(cli._DrawingProgress, "every", 0.0)
-    lines = draw(PROMPT, "--out", "late", "-n", 20).err.splitlines()
-    assert [line.rpartition(",")[0] for line in lines[:-1]] == [f"'a red circle': {n} of 20 drawn" for n in (8, 16)]
-    assert lines[0].endswith(" left") and lines[-1].startswith("20 pictures")
+    lines = draw(PROMPT, "--out", "late", "-n", 40).err.splitlines()
+    assert [line.rpartition(",")[0] for line in lines[:-1]] == [f"'a red circle': {n} of 40 drawn" for n in (16, 32)]
+    assert lines[0].endswith(" left") and lines[-1].startswith("40 pictures")
     # Without a ranker only what is kept is drawn.
-    assert "8 of 9 drawn" in draw(PROMPT, "--out", "kept", "-n", 20, "--keep", 9).err
+    assert "16 of 17 drawn" in draw(PROMPT, "--out", "kept", "-n", 20, "--keep", 17).err
 
 
 def test_draw_json(draw: Run, tiny_bundle: Path) -> None:
@@ -144,7 +144,8 @@ def test_draw_json(draw: Run, tiny_bundle: Path) -> None:
     one = json.loads(draw(PROMPT, *flags).out)
     assert set(one) == {"prompt", "bundle", "settings", "images"}
     assert one["bundle"]["name"] == "tiny" and len(one["bundle"]["fingerprint"]) == 64
-    assert one["settings"] == {"temperature": 0.5, "top_k": 9, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
+    sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
+    assert one["settings"] == {**sampling, "weights": "int8"}
     assert [i["path"] for i in one["images"]] == ["a-red-circle-01.png", "a-red-circle-02.png"]
     assert all(i["seed"] == 5 and i["score"] is None and len(i["codes"]) == 4 for i in one["images"])
     several = json.loads(draw(PROMPT, "a \ud800 사과", *flags, "--out", "more").out)

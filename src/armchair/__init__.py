@@ -20,15 +20,16 @@ __all__ = [
 ]
 
 
-def load(model: Any = None, device: str = "auto", ranker: Any = None) -> "Artist":
+def load(model: Any = None, device: str = "auto", ranker: Any = None, weights: str | None = None) -> "Artist":
     """Open a bundle for drawing: a path, a bundled name, a hub id, or None for the default.
 
-    `ranker` names another bundle whose ranker shall judge the drawings, in place of the bundle's own. Raises
-    BundleError for a bundle that is missing or not whole, RequestError for an unknown device.
+    `ranker` names another bundle whose ranker shall judge the drawings, in place of the bundle's own. `weights`: the
+    form that the prior's are drawn with, `int8` (the default on a CPU), `bf16` or `fp32`. Raises BundleError for a
+    bundle that is missing or not whole, RequestError for an unknown device or form.
     """
     from armchair.sample.pipeline import load_artist
 
-    return load_artist(model, device, ranker)
+    return load_artist(model, device, ranker, weights)
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,7 @@ def draw(args: argparse.Namespace) -> None:
     if len(args.prompts) > 1 and out.suffix.lower() == ".png" and not out.is_dir():
         raise RequestError(f"--out {out} is one file for {len(args.prompts)} prompts; name a folder")
     check_free([path for p in args.prompts for path in target_paths(out, p, count, args.grid)], args.force)
-    artist = load_artist(args.model, args.device, args.ranker)
+    artist = load_artist(args.model, args.device, args.ranker, args.weights)
     results = []
     for prompt in args.prompts:
         began = time.perf_counter()
@@ -114,7 +114,7 @@ def complete(args: argparse.Namespace) -> None:
     except BrokenSample as broken:
         raise RequestError(f"{args.image}: {broken.cause}; expected a PNG, JPEG or the like") from None
     check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
-    artist = load_artist(args.model, args.device, args.ranker)
+    artist = load_artist(args.model, args.device, args.ranker, args.weights)
     began = time.perf_counter()
     progress = _DrawingProgress(args.prompt)
     drawing = artist.complete(
@@ -342,7 +342,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.without_overlap is not None:
         lines = Path(args.without_overlap).read_text(encoding="utf-8").splitlines()
         without = frozenset(line.strip() for line in lines if line.strip())
-    artist = load_artist(args.model, args.device, args.ranker)
+    artist = load_artist(args.model, args.device, args.ranker, args.weights)
     began = time.perf_counter()
     sections = measure(
         artist,
@@ -376,7 +376,7 @@ def _human(args: argparse.Namespace, report: Path) -> None:
         raise RequestError("the ballot's page needs more packages: pip install 'armchair[evaluate,serve]'") from None
     store = report / "ballot.sqlite"
     if not store.exists():
-        artists = [load_artist(model, args.device, args.ranker) for model in (args.model, args.human)]
+        artists = [load_artist(model, args.device, args.ranker, args.weights) for model in (args.model, args.human)]
         wanted = list(dict.fromkeys(read_pairs(args.data, artists[0], args.pictures or 100).captions))
         names = [f"{artist.bundle.name} {artist.bundle.fingerprint[:8]}" for artist in artists]
         drawn = []
@@ -540,6 +540,15 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
     p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
+    _weights_flag(p)
+
+
+def _weights_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--weights",
+        metavar="W",
+        help="form of the weights that codes are drawn with: int8 (the default on a CPU, fastest), bf16 or fp32",
+    )
 
 
 def _draw_flags(p: argparse.ArgumentParser) -> None:
@@ -668,6 +677,7 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         help="what pictures are compared through: efficientnet-lite0 (the default), ranker, or a TorchScript file",
     )
     p.add_argument("--ranker", metavar="M", help="a bundle whose ranker shall judge, in place of the model's own")
+    _weights_flag(p)
     p.add_argument(
         "--without-overlap", metavar="LIST", help="leave out the pictures whose keys are in this file, one a line"
     )

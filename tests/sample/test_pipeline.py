@@ -14,6 +14,7 @@ from PIL import Image
 
 import armchair
 from armchair.bundle import read_bundle, write_bundle
+from armchair.config import to_dict
 from armchair.errors import BundleError, RequestError, WorkError
 from armchair.sample.generate import FREE
 from armchair.sample.pipeline import Artist, Drawing, load_artist, redraw_png
@@ -104,7 +105,8 @@ def test_to_json(artist: Artist, tmp_path: Path) -> None:
     drawing = artist.draw(PROMPT, candidates=2, seed=9)
     data = json.loads(json.dumps(drawing.to_json(drawing.save(tmp_path))))
     assert list(data) == ["prompt", "bundle", "settings", "images"]
-    assert data["settings"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
+    assert data["settings"] == {**sampling, "weights": "int8"}
     assert [list(i) for i in data["images"]] == [["path", "candidate", "seed", "score", "codes"]] * 2
     assert data["images"][1]["path"].endswith("a-red-circle-02.png") and data["images"][1]["score"] is None
     assert drawing.to_json()["images"][0]["path"] is None
@@ -117,6 +119,28 @@ def test_redraw_bit_for_bit(artist: Artist, tmp_path: Path) -> None:
         assert (pixels(again.images[0]) == pixels(Image.open(path))).all()
         (copy,) = again.save(tmp_path / f"again-{path.name}")
         assert copy.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_redraw_uses_the_recorded_weights(tiny_bundle: Path, tmp_path: Path, weights: str) -> None:
+    (path,) = load_artist(tiny_bundle, "cpu", weights=weights).draw(PROMPT, candidates=1).save(tmp_path / "w.png")
+    assert read_record(path)["weights"] == weights
+    again = load_artist(tiny_bundle, "cpu").redraw(path)
+    (copy,) = again.save(tmp_path / "again.png")
+    assert again.weights == weights and copy.read_bytes() == path.read_bytes()
+
+
+def test_redraw_of_a_picture_from_before_weights_had_forms(tiny_bundle: Path, tmp_path: Path) -> None:
+    drawing = load_artist(tiny_bundle, "cpu", weights="fp32").draw(PROMPT, candidates=1)
+    record = to_dict(drawing.record(0))
+    del record["weights"]
+    save_png(drawing.images[0], tmp_path / "old.png", record, force=False)
+    assert (redraw_png(tmp_path / "old.png").codes == drawing.codes).all()
+
+
+def test_unknown_weights_are_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(RequestError, match="weights.*'int8'"):
+        load_artist(tiny_bundle, "cpu", weights="int9")
 
 
 def test_redraw_of_a_completion(artist: Artist, photo: Image.Image, tmp_path: Path) -> None:

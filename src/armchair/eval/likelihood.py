@@ -9,6 +9,7 @@ from torch import Tensor
 
 from armchair.eval.figures import Cell, Figure, Section, Table, bootstrap, mean_figure
 from armchair.eval.pairs import Context, Pairs
+from armchair.sample.generate import read_prompts
 from armchair.sample.pipeline import Artist
 
 BATCH = 32
@@ -56,6 +57,22 @@ def token_nats(artist: Artist, captions: Sequence[str], codes: np.ndarray) -> tu
         text.append(F.cross_entropy(text_logits.float().transpose(1, 2), t, reduction="none"))
         image.append(F.cross_entropy(image_logits.float().transpose(1, 2), c, reduction="none"))
     return torch.cat(text), torch.cat(image)
+
+
+@torch.inference_mode()
+def drawn_nats(artist: Artist, captions: Sequence[str], codes: np.ndarray, weights: str) -> Tensor:
+    """-ln p of each code, (B, N), as it would be drawn: one after the other, with weights in that form."""
+    decoder = artist.decoder(weights)
+    tokens = torch.from_numpy(artist.text_tokenizer.encode(captions, decoder.shape.text_length)).to(artist.device)
+    grids = torch.from_numpy(codes).flatten(1).to(artist.device)
+    found: list[Tensor] = []
+    for t, c in zip(tokens.split(BATCH), grids.split(BATCH), strict=True):
+        prompts = read_prompts(decoder, t)
+        cache = decoder.start(prompts)
+        steps = [decoder.decode_step(c[:, j], j, cache) for j in range(c.shape[1] - 1)]
+        logits = torch.stack([prompts.logits, *steps], 2)  # (B, K, N)
+        found.append(F.cross_entropy(logits, c, reduction="none"))
+    return torch.cat(found)
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> Figure:

@@ -124,7 +124,7 @@ def evaluate(
         "held-out pictures": f"{len(held_out)} of data {held_out.fingerprint[:16]}"
         + (f", {len(without)} keys left out" if without else ""),
         "training pictures": "not given" if seen is None else f"{len(seen)} of data {seen.fingerprint[:16]}",
-        "drawn with": settings,
+        "drawn with": f"{settings}, weights in {artist.weights}",
         "seed": str(config.seed),
         "versions": f"armchair {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
     }

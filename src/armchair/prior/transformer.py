@@ -293,6 +293,12 @@ class Prior(nn.Module):
 
     # Drawing: the caption once, then token by token.
 
+    independent_rows = False  # products of 32-bit weights are done otherwise for one row than for several
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_head.weight.device
+
     def prefill(self, text_tokens: Tensor) -> PromptCache:
         """Read captions (B, T); `logits` (B, K) are those of the first image token. Needs a `folded` model."""
         assert not self.config.code_features

@@ -1,25 +1,47 @@
-"""Drawing codes: captions read once, then token by token, by micro-batches of one fixed shape.
+"""Drawing codes: captions read once, then token by token, many rows at a time.
 
-Legend: B rows, N image tokens, T text length, M = MICRO_BATCH.
+Legend: B rows, N image tokens, T text length, M rows drawn together.
 
-A matrix product can differ in its last bits with its number of rows, so everything runs at exactly M rows (2M
-with guidance), filled up where there are fewer, and each caption is read alone. Candidate c's token is then a
-function of (weights, caption, settings, its own uniforms) and nothing else: not of how many are drawn, nor of
-who shares the batch.
+Candidate c's token is a function of (weights, caption, settings, its own uniforms) and nothing else: not of how many
+are drawn, nor of who shares the batch. A matrix product can differ in its last bits with its number of rows, so what
+has no independent rows runs at exactly MICRO_BATCH of them (twice as many with guidance), filled up where there are
+fewer; the rows of an `Engine` are independent on most machines, and come as they are, AT_ONCE at most. Each caption is
+read alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from armchair.prior.sequence import null_text
+from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PromptCache
 from armchair.runtime import generator
 from armchair.sample.next_token import Settings, guide, pick, plausible, probabilities
 
 MICRO_BATCH = 8
+AT_ONCE = 16  # candidates; twice as many rows under guidance. More cost about as much a row, and memory
 FREE = -1  # in `forced`: a token to draw
+
+
+class Decoder(Protocol):
+    """What gives logits, token after token: a `Prior`, literally, or an `armchair.sample.engine.Engine`, fast."""
+
+    shape: StreamShape
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether a row's logits are the same bits whatever other rows there are."""
+
+    def prefill(self, text_tokens: Tensor) -> PromptCache: ...
+
+    def start(self, prompts: PromptCache) -> Any: ...
+
+    def decode_step(self, tokens: Tensor, j: int, cache: Any) -> Tensor: ...
 
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
@@ -31,10 +53,10 @@ def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Ten
 
 
 @torch.inference_mode()
-def read_prompts(prior: Prior, text_tokens: Tensor) -> PromptCache:
+def read_prompts(decoder: Decoder, text_tokens: Tensor) -> PromptCache:
     """Read captions (P, T) one at a time, so that a caption's state does not depend on its neighbours."""
-    states = [prior.prefill(row[None]) for row in text_tokens]
-    layers = range(len(prior.blocks))
+    states = [decoder.prefill(row[None]) for row in text_tokens]
+    layers = range(len(states[0].keys))
     return PromptCache(
         [torch.cat([s.keys[i] for s in states]) for i in layers],
         [torch.cat([s.values[i] for s in states]) for i in layers],
@@ -44,7 +66,7 @@ def read_prompts(prior: Prior, text_tokens: Tensor) -> PromptCache:
 
 @torch.inference_mode()
 def draw_micro_batch(
-    prior: Prior, prompts: PromptCache, null: PromptCache, uniforms: Tensor, settings: Settings, forced: Tensor
+    decoder: Decoder, prompts: PromptCache, null: PromptCache, uniforms: Tensor, settings: Settings, forced: Tensor
 ) -> Iterator[Tensor]:
     """Draw M rows together; yields the codes (M, N) after each finished row of the grid (undrawn ones are 0).
 
@@ -58,7 +80,7 @@ def draw_micro_batch(
         both = zip(prompts.keys, empty.keys, strict=True), zip(prompts.values, empty.values, strict=True)
         keys, values = ([torch.cat(pair) for pair in pairs] for pairs in both)
         prompts = PromptCache(keys, values, torch.cat([prompts.logits, empty.logits]))
-    cache = prior.start(prompts)
+    cache = decoder.start(prompts)
     codes = torch.zeros(rows, length, dtype=torch.int64, device=prompts.logits.device)
     logits = prompts.logits
     for j in range(length):
@@ -67,16 +89,16 @@ def draw_micro_batch(
         step = plausible(step, conditional, settings.min_p)
         drawn = pick(probabilities(step, settings), uniforms[:, j])
         codes[:, j] = torch.where(forced[:, j] == FREE, drawn, forced[:, j])
-        if (j + 1) % prior.shape.grid == 0:
+        if (j + 1) % decoder.shape.grid == 0:
             yield codes
         if j + 1 < length:
             token = codes[:, j].repeat(2) if guided else codes[:, j]
-            logits = prior.decode_step(token, j, cache)
+            logits = decoder.decode_step(token, j, cache)
 
 
 @torch.inference_mode()
 def draw_codes(
-    prior: Prior,
+    decoder: Decoder,
     text_tokens: Tensor,
     rows: Sequence[int],
     uniforms: Tensor,
@@ -89,22 +111,24 @@ def draw_codes(
     Gives codes (B, S, S) int64. `forced` (B, N) as in `draw_micro_batch`. `progress` is told how many
     rows are done, and of how many.
     """
-    prior = prior.folded()
-    device = prior.image_head.weight.device
-    prompts = read_prompts(prior, text_tokens.to(device))
-    null = read_prompts(prior, null_text(1, prior.shape, device))
+    if isinstance(decoder, Prior):
+        decoder = decoder.folded()
+    device = decoder.device
+    prompts = read_prompts(decoder, text_tokens.to(device))
+    null = read_prompts(decoder, null_text(1, decoder.shape, device))
+    given = torch.full_like(uniforms, FREE, dtype=torch.int64) if forced is None else forced
+    size = AT_ONCE if decoder.independent_rows else MICRO_BATCH
     done = []
-    for start in range(0, len(rows), MICRO_BATCH):
-        # The last micro-batch is filled up with copies of its last row.
-        pick_rows = torch.arange(start, start + MICRO_BATCH).clamp(max=len(rows) - 1)
+    for start in range(0, len(rows), size):
+        end = min(start + size, len(rows)) if decoder.independent_rows else start + size
+        pick_rows = torch.arange(start, end).clamp(max=len(rows) - 1)  # filled up with copies of the last row
         caption = torch.tensor(rows)[pick_rows].to(device)
-        given = torch.full_like(uniforms, FREE, dtype=torch.int64) if forced is None else forced
         stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
-        *_, codes = draw_micro_batch(prior, prompts.rows(caption), null, stream, settings, kept)
+        *_, codes = draw_micro_batch(decoder, prompts.rows(caption), null, stream, settings, kept)
         done.append(codes[: len(rows) - start])
         if progress is not None:
-            progress(min(start + MICRO_BATCH, len(rows)), len(rows))
-    return torch.cat(done).unflatten(1, (prior.shape.grid, prior.shape.grid))
+            progress(min(start + size, len(rows)), len(rows))
+    return torch.cat(done).unflatten(1, (decoder.shape.grid, decoder.shape.grid))
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from armchair.bundle import Bundle, bundled_names, find_bundle, read_bundle
-from armchair.config import from_dict, to_dict
+from armchair.config import check_name, from_dict, to_dict
 from armchair.errors import BundleError, RequestError, WorkError
 from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.pixels import BrokenSample, read_image, stack, to_pil
@@ -28,9 +28,11 @@ from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig
 from armchair.runtime import pick_device
+from armchair.sample.engine import WEIGHTS, Engine
 from armchair.sample.generate import (
     FREE,
     MICRO_BATCH,
+    Decoder,
     candidate_uniforms,
     draw_codes,
     draw_micro_batch,
@@ -64,7 +66,8 @@ class Record:
     """What a PNG carries: all that is needed to draw it again.
 
     `model` is how the bundle was asked for, None for the default. `rectangle` and `forced` (codes that were
-    given, -1 elsewhere) are those of a completion; the kept pixels are in the PNG itself.
+    given, -1 elsewhere) are those of a completion; the kept pixels are in the PNG itself. `weights`: the form that the
+    prior's were drawn with.
     """
 
     kind: str
@@ -79,6 +82,7 @@ class Record:
     ranker: BundleId | None = None  # whose score it is, where not the bundle's own ranker gave it
     rectangle: Rectangle | None = None
     forced: tuple[tuple[int, ...], ...] | None = None
+    weights: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,6 +101,7 @@ class Drawing:
     ranker: BundleId | None = None  # whose the scores are, where not the bundle's own
     rectangle: Rectangle | None = None
     forced: np.ndarray | None = None  # int64 (S, S)
+    weights: str = "fp32"  # the form of the prior's weights, one of WEIGHTS
 
     def save(self, path: str | Path, *, grid: bool = False, force: bool = False) -> list[Path]:
         """Write a PNG for each picture, and with `grid` a contact sheet; the paths, the sheet's last.
@@ -130,6 +135,7 @@ class Drawing:
             ranker=self.ranker,
             rectangle=self.rectangle,
             forced=None if self.forced is None else self.forced.tolist(),
+            weights=self.weights,
         )
 
     def to_json(self, paths: Sequence[Path] | None = None) -> dict[str, Any]:
@@ -148,20 +154,31 @@ class Drawing:
 
     def _what(self) -> dict[str, Any]:
         ranker = {} if self.ranker is None else {"ranker": to_dict(self.ranker)}
-        return {"prompt": self.prompt, "bundle": to_dict(self.bundle), **ranker, "settings": to_dict(self.settings)}
+        return {
+            "prompt": self.prompt,
+            "bundle": to_dict(self.bundle),
+            **ranker,
+            "settings": {**to_dict(self.settings), "weights": self.weights},
+        }
 
 
 class Artist:
-    """A bundle ready to draw. Weights are read from 16 bits and computed with in 32.
+    """A bundle ready to draw. Weights are read from 16 bits; `weights` has the form that the prior draws with.
 
-    The same bundle, prompt, settings and seed give the same codes and pixels on one machine, however many
+    The same bundle, prompt, settings, weights and seed give the same codes and pixels on one machine, however many
     candidates are drawn: candidate c depends on (seed, c) and on nothing else.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: torch.device, model: str | None = None, ranker: Ranker | None = None
+        self,
+        bundle: Bundle,
+        *,
+        device: torch.device,
+        model: str | None = None,
+        ranker: Ranker | None = None,
+        weights: str | None = None,
     ) -> None:
-        """`ranker` takes the place of the bundle's own, or of none.
+        """`ranker` takes the place of the bundle's own, or of none; `weights`: as `load_artist`.
 
         Raises BundleError, naming the part, for a bundle that lacks one or whose parts do not fit.
         """
@@ -198,6 +215,23 @@ class Artist:
         codebook = self.image_tokenizer.code_vectors
         self.prior = load_part(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
         self.ranker = open_ranker(bundle, device) if ranker is None and "ranker" in bundle.parts else ranker
+        self.weights = weights or ("int8" if device.type == "cpu" else "fp32")
+        self._decoders: dict[str, Decoder] = {}
+        self.decoder(self.weights)
+
+    def decoder(self, weights: str | None = None) -> Decoder:
+        """What draws with the prior's weights in that form, one of WEIGHTS; None: in this artist's own.
+
+        Raises RequestError for an unknown form, or for one that is not for this artist's device.
+        """
+        weights = weights or self.weights
+        check_name("weights", weights, WEIGHTS)
+        if self.device.type != "cpu" and weights != "fp32":
+            raise RequestError(f"weights {weights!r} are for a CPU, not on {self.device.type}; leave them out")
+        if weights not in self._decoders:
+            cpu = self.device.type == "cpu"
+            self._decoders[weights] = Engine(self.prior, weights) if cpu else self.prior
+        return self._decoders[weights]
 
     @property
     def id(self) -> BundleId:
@@ -251,7 +285,7 @@ class Artist:
         tokens = torch.cat([self._tokens(prompt) for prompt in prompts])
         candidates = range(_whole("first", first, 0, MAX_SEED), first + len(prompts))
         uniforms = candidate_uniforms(_whole("seed", seed, 0, MAX_SEED), candidates, self.prior.shape.image_length)
-        codes = draw_codes(self.prior, tokens, range(len(prompts)), uniforms, self.settings)
+        codes = draw_codes(self.decoder(), tokens, range(len(prompts)), uniforms, self.settings)
         return self._decode(codes.cpu().numpy())
 
     def draw_stream(
@@ -338,7 +372,7 @@ class Artist:
                     f"expected {self.resolution} x {self.resolution}"
                 )
         chosen = [record.candidate]
-        codes = self._draw(record.prompt, chosen, record.seed, record.settings, forced)
+        codes = self._draw(record.prompt, chosen, record.seed, record.settings, forced, weights=record.weights)
         if different := int((codes[0] != recorded).sum()):
             raise WorkError(
                 f"{path}: {different} of {recorded.size} codes come out differently here; it was drawn on "
@@ -355,7 +389,9 @@ class Artist:
             original,
             rank=False,  # the recorded score stays, so that the same file comes out
         )
-        return replace(drawing, model=record.model, scores=[record.score], ranker=record.ranker)
+        return replace(
+            drawing, model=record.model, scores=[record.score], ranker=record.ranker, weights=record.weights
+        )
 
     def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
         """Scores of images for a prompt, as `Ranker.rank`. Raises RequestError where there is no ranker, too."""
@@ -424,22 +460,24 @@ class Artist:
         settings: Settings,
         forced: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
+        weights: str | None = None,
     ) -> np.ndarray:
         uniforms = candidate_uniforms(seed, candidates, self.prior.shape.image_length)
         given = None if forced is None else torch.from_numpy(forced).flatten().expand(uniforms.shape)
         rows = [0] * len(candidates)
-        codes = draw_codes(self.prior, self._tokens(prompt), rows, uniforms, settings, given, progress)
+        decoder = self.decoder(weights)
+        codes = draw_codes(decoder, self._tokens(prompt), rows, uniforms, settings, given, progress)
         return codes.cpu().numpy()
 
     def _stream(self, prompt: str, seed: int, settings: Settings) -> Iterator[Image.Image | Drawing]:
-        shape = self.prior.shape
-        rows = torch.zeros(MICRO_BATCH, dtype=torch.int64)
-        prompts = read_prompts(self.prior, self._tokens(prompt)).rows(rows)
-        null = read_prompts(self.prior, null_text(1, shape, self.device))
+        shape, decoder = self.prior.shape, self.decoder()
+        rows = torch.zeros(1 if decoder.independent_rows else MICRO_BATCH, dtype=torch.int64)
+        prompts = read_prompts(decoder, self._tokens(prompt)).rows(rows)
+        null = read_prompts(decoder, null_text(1, shape, self.device))
         uniforms = candidate_uniforms(seed, [0], shape.image_length)[rows].to(self.device)
         forced = torch.full_like(uniforms, FREE, dtype=torch.int64)
         cell = self.resolution // self.grid
-        steps = draw_micro_batch(self.prior, prompts, null, uniforms, settings, forced)
+        steps = draw_micro_batch(decoder, prompts, null, uniforms, settings, forced)
         for finished, drawn in enumerate(steps, start=1):
             codes = drawn[:1].unflatten(1, (self.grid, self.grid))
             if finished < self.grid:
@@ -486,6 +524,7 @@ class Artist:
             ranker=None if self.ranker is None or self.ranker.id == self.id else self.ranker.id,
             rectangle=rectangle,
             forced=forced,
+            weights=self.weights,
         )
 
     @torch.inference_mode()
@@ -502,17 +541,22 @@ class Artist:
 
 
 def load_artist(
-    model: str | Path | None = None, device: str = "auto", ranker: str | Path | None = None
+    model: str | Path | None = None,
+    device: str = "auto",
+    ranker: str | Path | None = None,
+    weights: str | None = None,
 ) -> Artist:
     """Open a bundle for drawing: a directory, a zip, a bundled name, a hub id, or None for the default.
 
-    `device` is `auto`, `cpu` or `cuda`. `ranker` names another bundle whose ranker shall judge. Raises BundleError for
-    a bundle that is missing or not whole, and RequestError for a device that is not here.
+    `device` is `auto`, `cpu` or `cuda`. `ranker` names another bundle whose ranker shall judge. `weights` is the form
+    that the prior's are drawn with: `int8`, the default on a CPU, `bf16` or `fp32`, the only one elsewhere. Raises
+    BundleError for a bundle that is missing or not whole, and RequestError for a device that is not here or weights
+    that are not for it.
     """
     asked = None if model is None else str(model)
     chosen = pick_device(device)
     judge = None if ranker is None else load_ranker(ranker, device)
-    return Artist(read_bundle(find_bundle(asked)), device=chosen, model=asked, ranker=judge)
+    return Artist(read_bundle(find_bundle(asked)), device=chosen, model=asked, ranker=judge, weights=weights)
 
 
 def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None = None) -> Drawing:
@@ -522,6 +566,8 @@ def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None 
     """
     record = _parse_record(Path(path))
     asked = record.model if model is None else model
+    if record.weights != "fp32" and device == "auto":
+        device = "cpu"  # where alone such weights draw
     try:
         artist = load_artist(asked, device)
     except BundleError:

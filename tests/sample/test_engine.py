@@ -1,0 +1,177 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from armchair.errors import RequestError
+from armchair.prior.attention import PATTERNS
+from armchair.prior.sequence import null_text
+from armchair.sample.engine import WEIGHTS, Engine, Int8Product, attend_one, pack, quantised
+from armchair.sample.generate import candidate_uniforms, draw_codes, draw_codes_uncached
+from armchair.sample.next_token import Settings
+
+STREAM = tiny.shape(grid=4, text_length=4, codebook=17)
+
+
+def forced_logits(decoder, text, codes):
+    """(B, N, K): logits of every code, given those before it."""
+    cache = decoder.start(prompts := decoder.prefill(text))
+    steps = [decoder.decode_step(codes[:, j], j, cache) for j in range(codes.shape[1] - 1)]
+    return torch.stack([prompts.logits, *steps], 1)
+
+
+# Against the literal decoder and the whole stream at once.
+
+
+@settings(max_examples=25)
+@given(
+    patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3),
+    grid=st.integers(1, 6),
+    text_length=st.integers(1, 5),
+    rows=st.integers(1, 5),
+    rotary=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_32_bit_weights_give_the_logits_of_the_whole_stream(patterns, grid, text_length, rows, rotary, seed):
+    stream = tiny.shape(grid, text_length)
+    model = tiny.prior(stream, *patterns, rotary=rotary, seed=seed)
+    text, codes = tiny.texts(rows, stream, seed), tiny.codes(rows, stream, seed)
+    with torch.inference_mode():
+        expected = model(text, codes)[1]
+        found = forced_logits(Engine(model), text, codes)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_same_on_a_grid_wider_than_the_window(pattern):
+    stream = tiny.shape(grid=13, text_length=3)
+    model = tiny.prior(stream, pattern, seed=2)
+    text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
+    with torch.inference_mode():
+        assert (forced_logits(Engine(model), text, codes) - model(text, codes)[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_fewer_bits_move_the_distribution_little(weights, pattern):
+    stream = tiny.shape(grid=4, text_length=4, codebook=17)
+    model = tiny.prior(stream, pattern, pattern, width=64, seed=3)
+    text, codes = tiny.texts(32, stream), tiny.codes(32, stream)
+    with torch.inference_mode():
+        p = model(text, codes)[1].log_softmax(-1)
+        q = forced_logits(Engine(model, weights), text, codes).log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    assert divergence < 2e-3 * -(p.exp() * p).sum(-1).mean()
+
+
+def test_codes_that_look_alike_are_folded_in():
+    model = tiny.prior(STREAM, "full", features=8, seed=1)
+    text, codes = tiny.texts(2, STREAM), tiny.codes(2, STREAM)
+    with torch.inference_mode():
+        assert (forced_logits(Engine(model), text, codes) - model(text, codes)[1]).abs().max() < 1e-4
+
+
+def test_drawing_equals_the_literal_sampler():
+    model = tiny.prior(STREAM, "full", "row", seed=5)
+    text, uniforms = tiny.texts(3, STREAM), candidate_uniforms(0, range(3), STREAM.image_length)
+    for chosen in (Settings(), Settings(guidance=2.0, min_p=0.1), Settings(temperature=0.0)):
+        drawn = draw_codes(Engine(model), text, [0, 1, 2], uniforms, chosen)
+        assert torch.equal(drawn, draw_codes_uncached(model, text, uniforms, chosen))
+
+
+def test_eight_bit_drawings_follow_the_models_distribution():
+    stream = tiny.shape(grid=1, text_length=2, codebook=6)
+    model = tiny.prior(stream, "full", seed=1)
+    text, n = tiny.texts(1, stream), 4000
+    with torch.no_grad():
+        p = model(text, torch.zeros(1, 1).long())[1][0, 0].softmax(-1)
+    codes = draw_codes(Engine(model, "int8"), text, [0] * n, candidate_uniforms(0, range(n), 1), Settings())
+    assert (codes.flatten().bincount(minlength=6) / n - p).abs().max() < 0.04
+
+
+# Determinism.
+
+
+@settings(max_examples=15)
+@given(
+    picked=st.lists(st.integers(0, 60), min_size=1, max_size=40),
+    weights=st.sampled_from(WEIGHTS),
+    guidance=st.sampled_from([1.0, 2.5]),
+)
+def test_any_company_gives_the_same_codes(picked, weights, guidance):
+    engine = Engine(tiny.prior(STREAM, "row", "convolutional", width=64, seed=3), weights)
+    text, chosen = tiny.texts(3, STREAM), Settings(guidance=guidance)
+
+    def draw(candidates):
+        uniforms = candidate_uniforms(1, candidates, STREAM.image_length)
+        return draw_codes(engine, text, [c % 3 for c in candidates], uniforms, chosen)
+
+    together = draw(picked)
+    for i in {0, len(picked) // 2, len(picked) - 1}:
+        assert torch.equal(draw(picked[i : i + 1])[0], together[i])
+
+
+def test_rows_that_depend_on_their_neighbours_are_drawn_by_batches_of_one_size(monkeypatch):
+    engine = Engine(tiny.prior(STREAM, "full", seed=3))
+    monkeypatch.setattr(engine, "independent_rows", False)
+    seen = set()
+    step = engine.decode_step
+    monkeypatch.setattr(engine, "decode_step", lambda token, *more: seen.add(len(token)) or step(token, *more))
+    draw_codes(engine, tiny.texts(1, STREAM), [0] * 11, candidate_uniforms(0, range(11), 16), Settings())
+    assert seen == {8}
+
+
+def test_dependent_rows_are_found_out(monkeypatch):
+    """A product that adds a little of its neighbours, as one with another blocking does."""
+    engine = Engine(tiny.prior(STREAM, "full", seed=3), "int8")
+    head = engine.head
+    engine.head = lambda x: head(x) + 1e-6 * len(x)
+    assert not engine._rows_are_independent()
+
+
+def test_an_engine_keeps_the_prior_as_it_was():
+    model = tiny.prior(STREAM, "full", seed=3)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    engine = Engine(model, "int8")
+    draw_codes(engine, null_text(1, STREAM), [0], candidate_uniforms(0, [0], 16), Settings())
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+# Products.
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 20), inputs=st.integers(1, 70), outputs=st.integers(1, 70), scale=st.sampled_from([1e-3, 1, 50])
+)
+def test_an_eight_bit_product_is_the_product_of_its_rounded_factors(rows, inputs, outputs, scale):
+    g = tiny.seeded(rows * inputs)
+    x, weight = scale * torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
+    bias = torch.randn(outputs, generator=g)
+    codes, steps = quantised(weight)
+    assert ((codes * steps[:, None]) - weight).abs().max() <= steps.max() / 2 + 1e-7
+    most = x.abs().amax(1, keepdim=True)
+    rounded = (x * (127 / most)).round().double() * (most / 127).double()
+    expected = rounded @ (codes.double() * steps.double()[:, None]).T + bias
+    found = Int8Product(weight, bias)(x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(Int8Product(weight, bias)(x[:1]), found[:1])
+
+
+def test_rows_of_zeros_are_no_trouble():
+    product = pack(torch.zeros(3, 4), torch.tensor([1.0, 2.0, 3.0]), "int8")
+    assert torch.equal(product(torch.zeros(2, 4)), torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3))
+
+
+def test_attention_of_one_query_is_attention():
+    g = tiny.seeded(4)
+    q, k, v = torch.randn(2, 3, 8, generator=g), *torch.randn(2, 2, 3, 5, 8, generator=g)
+    expected = ((q[:, :, None] * k).sum(-1) * 8**-0.5).softmax(-1)[..., None].mul(v).sum(2).flatten(1)
+    assert torch.allclose(attend_one(q, k, v), expected, atol=1e-6)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(RequestError, match="weights.*int8"):
+        Engine(tiny.prior(STREAM, "full"), "int9")
