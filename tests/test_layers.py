@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "importing": MODELS | {"bundle", "card"},
     "eval": DRAWING | {"data"},
     "train": DRAWING | {"data", "eval"},
+    "bench": MODELS | {"sample"},
 }
 
 

@@ -175,6 +175,56 @@ def _save(drawing: "Drawing", out: Path, args: argparse.Namespace, seconds: floa
     return drawing.to_json(paths)
 
 
+def bench(args: argparse.Namespace, what: str) -> None:
+    from dataclasses import replace
+
+    from armchair.bench.run import bench as measure
+    from armchair.bench.run import growth, plot, plot_growth, report, rounded, run, table
+    from armchair.bench.shape import Job
+
+    sizes = {name: getattr(args, name) for name in BENCH_SIZES}
+    job = Job(system="armchair-int8" if what == "sampling" else "armchair", what=what, **sizes)
+    for path in filter(None, (args.plot, getattr(args, "growth", None))):
+        if os.path.lexists(path) and not args.force:
+            raise RequestError(f"{path} is there already: choose another name, or --force")
+    if job.width % job.heads:
+        raise RequestError(f"--width {job.width} is not a multiple of --heads {job.heads}")
+    own = args.weights if what == "sampling" else ["armchair"]
+    systems = [*(f"armchair-{w}" if w != "plain" else w for w in own)] if what == "sampling" else own
+    systems += [name for names in args.against for name in names.split(",") if name]
+    options = {"precisions": args.precision} if what == "training" else {}
+    found = measure(
+        job, systems, args.batch, peer_python=args.peer_python, rounds=args.rounds, say=say, **options
+    )
+    machine, parts = run(replace(job, system="armchair-int8"), extra="bounds"), {}
+    if what == "sampling":
+        for system in systems:
+            if system.startswith("armchair-"):
+                for batch in args.batch:
+                    result = run(replace(job, system=system, batch=batch), extra="parts")
+                    parts[f"{system}, batch {batch}"] = result["parts"]
+    data = rounded(report(job, found, machine, parts))
+    if args.plot:
+        plot(data, Path(args.plot))
+        say(f"plot -> {args.plot}")
+    if getattr(args, "growth", None):
+        data["growth"] = rounded(growth(job, say))
+        plot_growth(data["growth"], Path(args.growth))
+        say(f"growth -> {args.growth}")
+    if args.json:
+        print_json(data)
+    else:
+        print(table(data))
+
+
+def bench_sampling(args: argparse.Namespace) -> None:
+    bench(args, "sampling")
+
+
+def bench_training(args: argparse.Namespace) -> None:
+    bench(args, "training")
+
+
 # Training and data.
 
 
@@ -722,6 +772,56 @@ def _import_clip_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace the bundle that is at DIR")
 
 
+BENCH_SIZES = ("text", "grid", "text_vocab", "codebook", "width", "depth", "heads", "threads")
+
+
+def _bench_flags(p: argparse.ArgumentParser, batches: list[int]) -> None:
+    from armchair.bench.shape import Job
+
+    p.add_argument(
+        "--against",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PEER",
+        help="dalle-pytorch, dalle-pytorch-cached, gpt2, min-dalle, where you have installed them (docs/speed.md)",
+    )
+    p.add_argument(
+        "--peer-python", default=sys.executable, metavar="PYTHON", help="the Python of the peers' environment"
+    )
+    p.add_argument(
+        "--batch", nargs="+", type=_whole(1, 512), default=batches, metavar="B", help=f"default: {batches}"
+    )
+    p.add_argument("--rounds", type=_whole(1, 99), default=3, metavar="N", help="medians are over these (default: 3)")
+    for name in BENCH_SIZES:
+        default = getattr(Job(system=""), name)
+        p.add_argument(
+            f"--{name.replace('_', '-')}", type=_whole(1), default=default, metavar="N", help=f"default: {default}"
+        )
+    p.add_argument("--plot", metavar="FILE", help="write a PNG with the medians")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+    p.add_argument("--force", action="store_true", help="overwrite files")
+
+
+def _bench_sampling_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--weights",
+        nargs="+",
+        choices=("int8", "bf16", "fp32", "plain"),
+        default=["int8", "fp32", "plain"],
+        help="ours, others being compared with the first; plain: the literal decoder (default: int8 fp32 plain)",
+    )
+    p.add_argument("--growth", metavar="FILE", help="write a PNG of the speed against grid, depth and candidates")
+    _bench_flags(p, [1, 8])
+
+
+def _bench_training_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"], help="default: bf16 fp32"
+    )
+    _bench_flags(p, [4])
+
+
 def _info_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given"
@@ -787,6 +887,18 @@ COMMANDS = {
         _evaluate_flags,
         "measure a model on pictures it has not seen, as a page with figures, plots and pictures",
         "armchair evaluate emoji --data val-0000.tar --train 'train-{0000..0004}.tar' --report emoji-report",
+    ),
+    "bench sampling": Command(
+        bench_sampling,
+        _bench_sampling_flags,
+        "time drawing beside peers and beside what the machine allows",
+        "armchair bench sampling --against dalle-pytorch-cached,gpt2 --peer-python peers/bin/python --plot speed.png",
+    ),
+    "bench training": Command(
+        bench_training,
+        _bench_training_flags,
+        "time training beside peers",
+        "armchair bench training --against dalle-pytorch,gpt2 --peer-python peers/bin/python",
     ),
     "import openai-clip": Command(
         import_openai_clip,

@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 
 import tiny
 from armchair.errors import RequestError
-from armchair.prior.attention import PATTERNS
+from armchair.prior.attention import PATTERNS, ImageKeys
 from armchair.prior.sequence import null_text
-from armchair.sample.engine import WEIGHTS, Engine, Int8Product, attend_one, pack, quantised
+from armchair.prior.transformer import PromptCache
+from armchair.sample.engine import WEIGHTS, Cache, Engine, Int8Product, in_eight_bits, pack
 from armchair.sample.generate import candidate_uniforms, draw_codes, draw_codes_uncached
 from armchair.sample.next_token import Settings
 
@@ -127,7 +128,7 @@ def test_dependent_rows_are_found_out(monkeypatch):
     """A product that adds a little of its neighbours, as one with another blocking does."""
     engine = Engine(tiny.prior(STREAM, "full", seed=3), "int8")
     head = engine.head
-    engine.head = lambda x: head(x) + 1e-6 * len(x)
+    engine.head = lambda x: head(x) * (1 + 1e-6 * len(x))
     assert not engine._rows_are_independent()
 
 
@@ -150,11 +151,9 @@ def test_an_eight_bit_product_is_the_product_of_its_rounded_factors(rows, inputs
     g = tiny.seeded(rows * inputs)
     x, weight = scale * torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
     bias = torch.randn(outputs, generator=g)
-    codes, steps = quantised(weight)
-    assert ((codes * steps[:, None]) - weight).abs().max() <= steps.max() / 2 + 1e-7
-    most = x.abs().amax(1, keepdim=True)
-    rounded = (x * (127 / most)).round().double() * (most / 127).double()
-    expected = rounded @ (codes.double() * steps.double()[:, None]).T + bias
+    (a, a_step), (b, b_step) = in_eight_bits(x), in_eight_bits(weight)
+    assert ((b * b_step) - weight).abs().max() <= b_step.max() / 2 + 1e-7
+    expected = (a.double() * a_step.double()) @ (b.double() * b_step.double()).T + bias
     found = Int8Product(weight, bias)(x)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(Int8Product(weight, bias)(x[:1]), found[:1])
@@ -165,11 +164,27 @@ def test_rows_of_zeros_are_no_trouble():
     assert torch.equal(product(torch.zeros(2, 4)), torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3))
 
 
-def test_attention_of_one_query_is_attention():
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_attention_of_one_query_is_attention(eight_bits):
+    """Over the text and the image slots that are named, by blocks of rows; in eight bits over what was rounded."""
     g = tiny.seeded(4)
-    q, k, v = torch.randn(2, 3, 8, generator=g), *torch.randn(2, 2, 3, 5, 8, generator=g)
-    expected = ((q[:, :, None] * k).sum(-1) * 8**-0.5).softmax(-1)[..., None].mul(v).sum(2).flatten(1)
-    assert torch.allclose(attend_one(q, k, v), expected, atol=1e-6)
+    rows, heads, size, length = 19, 3, 8, 5
+    keys, values = torch.randn(2, rows, heads, length, size, generator=g)
+    store = ImageKeys("full", 2)
+    cache = Cache(PromptCache([keys], [values], torch.zeros(rows, 1)), [store], eight_bits)
+    added = torch.randn(3, rows, 2, heads, size, generator=g)
+    for slot, kept in enumerate(added):
+        cache.put(0, slot, kept)
+    q = torch.randn(rows, heads, size, generator=g)
+    keys = torch.cat([keys, added[:, :, 0].permute(1, 2, 0, 3)], 2)
+    values = torch.cat([values, added[:, :, 1].permute(1, 2, 0, 3)], 2)
+    if eight_bits:
+        keys, values = (codes * step for codes, step in map(in_eight_bits, (keys, values)))
+    for visible in (8, torch.tensor([0, 1, 2, 3, 4, 6])):
+        seen = slice(visible) if isinstance(visible, int) else visible
+        shares = (q[:, :, None] * keys[:, :, seen]).sum(-1).softmax(-1)
+        expected = (shares[..., None] * values[:, :, seen]).sum(2).flatten(1)
+        assert (cache.attend(0, q, visible) - expected).abs().max() < 1e-5
 
 
 def test_an_unknown_form_is_refused():

@@ -5,10 +5,10 @@ Legend: R rows, T text length, N image tokens, D width, H heads, E = D / H, K co
 One token needs each weight once and little else, so drawing a few pictures is bound by how fast weights are read.
 `Prior.decode_step` is the literal version, and tests hold this to it. What differs:
 
-- Weights are packed once, as `weights` says (`pack`): `fp32`; `bf16`; or `int8`, eight bits a weight with a scale for
-  each output, which are a quarter of the bytes. Under the last two what goes into a product is bfloat16 as well, and so
-  are the keys and values that are kept; what layers add up in, and the logits, stay in 32 bits.
-- Which keys a token sees is looked up, and each layer's keys lie in a buffer that the next product reads in place.
+- Weights are packed once, as `weights` says (`pack`): `fp32`, `bf16`, or `int8`, eight bits a weight with a step for
+  each output, which are a quarter of the bytes. What they are multiplied with then has eight bits too, as have the keys
+  and values that are kept; what layers add up in, attention and the logits stay in 32 bits.
+- Which keys a token sees is looked up, and a layer's keys lie in a buffer that attention reads in place.
 - Where the machine's products give each row the same bits whoever is beside it (`independent_rows`, which is tried out
   when an engine is made), rows need not come in batches of one size: one picture costs one row.
 """
@@ -27,22 +27,16 @@ from armchair.prior.transformer import Prior, PromptCache
 
 WEIGHTS = ("fp32", "bf16", "int8")
 INT8_MOST = 127
+TINY = torch.tensor(1e-14)  # the step of zeros
 ATTENTION_ROWS = 8
 
 Product = Callable[[Tensor], Tensor]  # (R, in) -> (R, out), both in the engine's compute type
 
 
-class Quantised(NamedTuple):
-    """A matrix in eight bits, a scale a row: weight is nearly codes * scale[:, None]."""
-
-    codes: Tensor  # (out, in) int8
-    scale: Tensor  # (out,) float32
-
-
-def quantised(weight: Tensor) -> Quantised:
-    """(out, in) -> the same in eight bits, symmetric, to the nearest."""
-    scale = weight.float().abs().amax(1).clamp_min(1e-12) / INT8_MOST
-    return Quantised((weight.float() / scale[:, None]).round().to(torch.int8), scale)
+def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) float32 -> whole numbers from -127 to 127, int8 (..., C), and their step, (..., 1)."""
+    step = torch.add(TINY, x.abs().amax(-1, keepdim=True), alpha=1 / INT8_MOST)
+    return x.div(step).round_().to(torch.int8), step
 
 
 def pack(weight: Tensor, bias: Tensor, weights: str) -> Product:
@@ -65,22 +59,21 @@ class Int8Product:
 
     def __init__(self, weight: Tensor, bias: Tensor):
         self.narrow = weight.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
-        self.codes, scale = quantised(F.pad(weight, (0, int(self.narrow))))
-        self.scale, self.bias = scale / INT8_MOST, bias
+        self.codes, step = in_eight_bits(F.pad(weight, (0, int(self.narrow))))
+        self.step, self.bias, self.turned = step[:, 0], bias, self.codes.T
         self.columns: Tensor | None = None  # (in, out): for several rows a layout that is read once for all of them
 
     def __call__(self, x: Tensor) -> Tensor:
-        most = x.abs().amax(1, keepdim=True).clamp_min_(1e-12)
-        small = x.mul(INT8_MOST / most).round_().to(torch.int8)
+        small, step = in_eight_bits(x)
         if self.narrow:
             small = F.pad(small, (0, 1))
         if len(x) == 1:
-            sums = torch._int_mm(small, self.codes.T)
+            sums = torch._int_mm(small, self.turned)
         else:
             if self.columns is None:
                 self.columns = self.codes.T.contiguous()
             sums = torch._int_mm(small, self.columns)
-        return torch.addcmul(self.bias, sums * most, self.scale)
+        return torch.addcmul(self.bias, sums * step, self.step)
 
 
 class Layer(NamedTuple):
@@ -109,10 +102,16 @@ class Engine:
         def norm(layer: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
             return layer.weight.detach(), layer.bias.detach()
 
+        def packed_qkv(linear: torch.nn.Linear) -> Product:
+            """With the queries' scale, the root of E, in the weights."""
+            width = linear.in_features
+            scale = torch.ones(3 * width).index_fill_(0, torch.arange(width), (width // self.config.n_head) ** -0.5)
+            return pack(linear.weight.detach() * scale[:, None], linear.bias.detach() * scale, weights)
+
         self.layers = [
             Layer(
                 norm(block.attention_norm),
-                packed(block.attention.qkv),
+                packed_qkv(block.attention.qkv),
                 packed(block.attention.out),
                 norm(block.mlp_norm),
                 packed(block.mlp_in),
@@ -147,46 +146,38 @@ class Engine:
         x = x.flatten(0, 1)  # (B (T+1), D)
         keys, values = [], []
         for layer in self.layers:
-            q, k, v = self._heads(layer, x)  # (B (T+1), H, E)
-            q, k, v = (y.unflatten(0, (rows, length)).transpose(1, 2) for y in (q, k, v))
+            q, k, v = self._heads(layer, x).view(rows, length, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
             keys.append(k)
             values.append(v)
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T+1, E)
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)  # (B, H, T+1, E)
             x = self._after_attention(layer, x, a.transpose(1, 2).reshape(rows * length, width))
         return PromptCache(keys, values, self._logits(x.view(rows, length, width)[:, -1]))
 
     def start(self, prompts: PromptCache) -> "Cache":
         """A cache for drawing the rows of `prompts` together."""
-        return Cache(prompts, self.stores, torch.float32 if self.weights == "fp32" else torch.bfloat16)
+        return Cache(prompts, self.stores, eight_bits=self.weights == "int8")
 
     def decode_step(self, tokens: Tensor, j: int, cache: "Cache") -> Tensor:
         """Image token j of each row, (R,) -> logits of token j+1, (R, K) float32. 0 <= j < N-1."""
         x = F.embedding(tokens, self.code_embedding) + self.positions[j]
         place = self.shape.text_length + 1 + j
-        for layer, pattern, store, (keys, values) in zip(
-            self.layers, self.config.patterns, self.stores, cache.layers, strict=True
-        ):
-            q, k, v = self._heads(layer, x)
+        for i, (layer, pattern, store) in enumerate(zip(self.layers, self.config.patterns, self.stores, strict=True)):
+            heads = self._heads(layer, x)
+            q, kept = heads[:, 0], heads[:, 1:]
             if self.query_angles is not None and self.key_angles is not None:
                 q = turn(q[:, :, None], self.query_angles[place, None])[:, :, 0]
-                k = turn(k[:, :, None], self.key_angles[place, None])[:, :, 0]
-            slot = cache.text_slots + store.slot(j)
-            keys[:, :, slot], values[:, :, slot] = k, v
-            visible = self.seen[pattern][j]
-            if isinstance(visible, int):
-                seen_keys, seen_values = keys[:, :, :visible], values[:, :, :visible]
-            else:
-                seen_keys, seen_values = keys[:, :, visible], values[:, :, visible]
-            x = self._after_attention(layer, x, attend_one(q, seen_keys, seen_values))
+                k = turn(kept[:, 0, :, None], self.key_angles[place, None])[:, :, 0]
+                kept = torch.stack([k, kept[:, 1]], 1)
+            cache.put(i, store.slot(j), kept)
+            x = self._after_attention(layer, x, cache.attend(i, q, self.seen[pattern][j]))
         return self._logits(x)
 
     # The parts of a block, on rows (R, D).
 
-    def _heads(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (R, H, E)."""
+    def _heads(self, layer: Layer, x: Tensor) -> Tensor:
+        """Queries (scaled), keys and values, (R, 3, H, E)."""
         h = F.layer_norm(x, x.shape[1:], *layer.attention_norm)
-        q, k, v = layer.qkv(h).unflatten(1, (3, self.config.n_head, -1)).unbind(1)
-        return q, k, v
+        return layer.qkv(h).view(len(x), 3, self.config.n_head, -1)
 
     def _after_attention(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer.out(attended)
@@ -223,33 +214,62 @@ class Engine:
 
 
 class Cache:
-    """Keys and values of text and image tokens, two buffers a layer: (R, H, T+1+size, E), text first."""
+    """Keys and values of text and image tokens, a buffer a layer: (2, R, H, T+1+size, E), text first.
 
-    def __init__(self, prompts: PromptCache, stores: list[ImageKeys], kind: torch.dtype):
-        self.text_slots = prompts.keys[0].shape[2]
-
-        def buffer(text: Tensor, size: int) -> Tensor:
-            return F.pad(text.to(kind), (0, 0, 0, size))
-
-        self.layers = [
-            (buffer(k, store.size), buffer(v, store.size))
-            for k, v, store in zip(prompts.keys, prompts.values, stores, strict=True)
-        ]
-
-
-def attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One query a row: q (R, H, E) float32; keys, values (R, H, M, E), float32 or bfloat16 -> (R, H E) float32.
-
-    By blocks of rows whose keys and values, written out in 32 bits, stay in the cache.
+    In eight bits each key and value of a head has a step of its own, (2, R, H, T+1+size).
     """
-    rows, heads, size = q.shape
-    q = q[:, :, None] * size**-0.5
-    out = []
-    for start in range(0, rows, ATTENTION_ROWS):
-        block = slice(start, start + ATTENTION_ROWS)
-        scores = torch.matmul(q[block], keys[block].float().transpose(2, 3))  # (R, H, 1, M)
-        out.append(torch.matmul(scores.softmax(-1), values[block].float()))
-    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(rows, heads * size)
+
+    def __init__(self, prompts: PromptCache, stores: list[ImageKeys], eight_bits: bool):
+        rows, heads, self.text_slots, size = prompts.keys[0].shape
+        self.kept: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        for k, v, store in zip(prompts.keys, prompts.values, stores, strict=True):
+            text = torch.stack([k, v])
+            if eight_bits:
+                text, step = in_eight_bits(text)
+                self.steps.append(F.pad(step[..., 0], (0, store.size)))
+            self.kept.append(F.pad(text, (0, 0, 0, store.size)))
+        # The same memory by rows and heads together, as the products have it.
+        self.flat_kept = [kept.flatten(1, 2) for kept in self.kept]
+        self.flat_steps = [step.flatten(1, 2)[:, :, None] for step in self.steps]
+        most = self.text_slots + max(store.size for store in stores)
+        block = min(rows, ATTENTION_ROWS) * heads
+        self.scratch = torch.empty(2, block * most * size if eight_bits else 0)
+
+    def put(self, layer: int, slot: int, kept: Tensor) -> None:
+        """Keep a key and a value of each row, (R, 2, H, E), in an image slot."""
+        slot += self.text_slots
+        if self.steps:
+            kept, step = in_eight_bits(kept)
+            self.steps[layer][..., slot] = step[..., 0].transpose(0, 1)
+        self.kept[layer][..., slot, :] = kept.transpose(0, 1)
+
+    def attend(self, layer: int, q: Tensor, visible: int | Tensor) -> Tensor:
+        """One scaled query a row, (R, H, E), over so many slots from the first on, or those given -> (R, H E).
+
+        By blocks of rows whose keys and values, written out in 32 bits, stay in the processor's cache.
+        """
+        rows, heads, size = q.shape
+        seen = slice(visible) if isinstance(visible, int) else visible
+        q = q.reshape(rows * heads, 1, size)
+        out = []
+        for start in range(0, len(q), ATTENTION_ROWS * heads):
+            block = slice(start, start + ATTENTION_ROWS * heads)
+            keys, values = self._written_out(self.flat_kept[layer][:, block, seen])
+            scores = torch.bmm(q[block], keys.transpose(1, 2))  # (R H, 1, M)
+            if self.steps:
+                key_steps, value_steps = self.flat_steps[layer][:, block, :, seen].unbind()
+                out.append(torch.bmm(scores.mul_(key_steps).softmax(-1).mul_(value_steps), values))
+            else:
+                out.append(torch.bmm(scores.softmax(-1), values))
+        return (out[0] if len(out) == 1 else torch.cat(out)).view(rows, heads * size)
+
+    def _written_out(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, (2, R H, M, E), in 32 bits."""
+        if self.steps:
+            kept = self.scratch[:, : kept[0].numel()].view(kept.shape).copy_(kept)
+        keys, values = kept.unbind()
+        return keys, values
 
 
 def _lookup(store: ImageKeys, text: Tensor, shape: StreamShape) -> list[int | Tensor]:

@@ -57,7 +57,8 @@ def probabilities(logits: Tensor, settings: Settings) -> Tensor:
     logits = logits.double()
     if settings.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    logits = logits / settings.temperature
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[1]:
         kept = logits.topk(settings.top_k, dim=1)
         logits = torch.full_like(logits, -torch.inf).scatter_(1, kept.indices, kept.values)
@@ -77,7 +78,7 @@ def pick(p: Tensor, uniforms: Tensor) -> Tensor:
     One number drawn ahead decides a row's token, so no row's draw depends on its neighbours in the batch.
     """
     cdf = p.cumsum(1)
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
-    # Rounding can leave a uniform just below 1 past the last code that has any mass.
-    last = p.shape[1] - 1 - (p > 0).flip(1).int().argmax(1)
-    return torch.minimum(tokens, last)
+    total = cdf[:, -1]
+    # Rounding can bring a uniform just below 1 up to all of the mass, past the last code that has any.
+    wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, wanted[:, None], right=True)[:, 0]

@@ -1,0 +1,229 @@
+"""Times armchair on a Job, in a process of its own: `python -m armchair.bench.own '{"system": "armchair-int8", …}'`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armchair.bench.peer import timed_drawing, timed_training
+from armchair.bench.shape import Job
+from armchair.prior.sequence import StreamShape, stream_loss
+from armchair.prior.transformer import Prior, PriorConfig
+from armchair.runtime import autocast
+from armchair.sample.engine import Engine
+from armchair.sample.generate import FREE, Decoder, candidate_uniforms, draw_micro_batch, read_prompts
+from armchair.sample.next_token import Settings
+
+
+def prior(job: Job) -> Prior:
+    """A prior of the job's sizes; weights that start at zero are random too."""
+    shape = StreamShape(
+        text_vocab_size=job.text_vocab, text_length=job.text, codebook_size=job.codebook, grid=job.grid
+    )
+    config = PriorConfig(
+        d_model=job.width, n_layer=job.depth, n_head=job.heads, attention=(job.pattern,), last_attention=None
+    )
+    torch.manual_seed(0)
+    model = Prior(config, shape)
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return model
+
+
+def decoder(job: Job, model: Prior) -> Decoder:
+    return model if job.system == "plain" else Engine(model, job.system.removeprefix("armchair-"))
+
+
+def draw(job: Job, draws: Decoder) -> Callable[[], int]:
+    """The caption is read, and all codes of the batch's pictures are drawn from the whole distribution."""
+    text = torch.randint(job.text_vocab, (1, job.text), generator=torch.Generator().manual_seed(1))
+    uniforms = candidate_uniforms(0, range(job.batch), job.image)
+    forced = torch.full((job.batch, job.image), FREE)
+    rows = torch.zeros(job.batch, dtype=torch.int64)
+
+    def run() -> int:
+        prompts = read_prompts(draws, text)
+        for _ in draw_micro_batch(draws, prompts.rows(rows), prompts, uniforms, Settings(), forced):
+            pass
+        return job.image
+
+    return run
+
+
+def first_step(job: Job, draws: Decoder) -> None:
+    """One token, untimed: weights are packed for the batch at hand when it first comes."""
+    rows = torch.zeros(job.batch, dtype=torch.int64)
+    prompts = read_prompts(draws, torch.zeros(1, job.text, dtype=torch.int64))
+    draws.decode_step(rows, 0, draws.start(prompts.rows(rows)))
+
+
+def training(job: Job) -> Callable[[], None]:
+    model = prior(job).train()
+    text = torch.randint(job.text_vocab, (job.batch, job.text))
+    codes = torch.randint(job.codebook, (job.batch, job.image))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def update() -> None:
+        with autocast(torch.device("cpu"), job.precision):
+            text_logits, image_logits = model(text, codes)
+            loss = stream_loss(text_logits, image_logits, text, codes).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def parts(job: Job, draws: Engine) -> dict[str, float]:
+    """Seconds a token by what they are spent on, and `all`; what no part has is norms, embeddings and Python."""
+    import armchair.sample.generate as generate
+
+    spent: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+            return result
+
+        return call
+
+    draws.layers = [
+        layer._replace(
+            qkv=timed("products", layer.qkv),
+            out=timed("products", layer.out),
+            mlp_in=timed("products", layer.mlp_in),
+            mlp_out=timed("products", layer.mlp_out),
+        )
+        for layer in draws.layers
+    ]
+    draws.head = timed("head", draws.head)
+    start = draws.start
+
+    def watched(prompts: Any) -> Any:
+        cache = start(prompts)
+        cache.attend = timed("attention", cache.attend)  # type: ignore[method-assign]
+        cache.put = timed("keeping keys", cache.put)  # type: ignore[method-assign]
+        return cache
+
+    draws.start = watched  # type: ignore[method-assign]
+    names = {name: getattr(generate, name) for name in ("probabilities", "pick", "plausible")}
+    try:
+        for name, function in names.items():
+            setattr(generate, name, timed("sampling", function))
+        run = draw(job, draws)
+        spent.clear()
+        began = time.perf_counter()
+        tokens = run()
+        whole = time.perf_counter() - began
+    finally:
+        for name, function in names.items():
+            setattr(generate, name, function)
+    each = {name: seconds / tokens for name, seconds in sorted(spent.items())}
+    each["the rest"] = whole / tokens - sum(each.values())
+    each["all"] = whole / tokens
+    return each
+
+
+def ratios(job: Job, rounds: int = 5) -> dict[str, float]:
+    """How many times as fast as the literal decoder the engine draws, and how a step's time grows with the grid.
+
+    Medians over rounds that alternate, in this process: what a check for regressions can rely on.
+    """
+
+    def steps(draws: Decoder, batch: int, first: int, count: int) -> Callable[[], float]:
+        rows = torch.zeros(batch, dtype=torch.int64)
+        cache = draws.start(read_prompts(draws, torch.zeros(1, job.text, dtype=torch.int64)).rows(rows))
+
+        def run() -> float:
+            began = time.perf_counter()
+            for j in range(first, first + count):
+                draws.decode_step(rows, j, cache)
+            return time.perf_counter() - began
+
+        run()
+        return run
+
+    def over(one: Callable[[], float], other: Callable[[], float]) -> float:
+        return sorted(one() / other() for _ in range(rounds))[rounds // 2]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            model = prior(job).eval()
+            engine, last = Engine(model, "int8"), job.image - 17
+            found = {f"batch {b}": over(steps(model, b, last, 16), steps(engine, b, last, 16)) for b in (1, 8)}
+            for pattern in ("full", "row", "column", "convolutional"):
+                small, large = (replace(job, pattern=pattern, grid=side) for side in (8, 24))
+                runs = [steps(Engine(prior(j).eval(), "int8"), 8, j.image - 17, 16) for j in (large, small)]
+                found[f"grid 24 over 8, {pattern}"] = over(*runs)
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def weight_count(model: Prior) -> int:
+    """Weights that a token is multiplied with: all matrices of the blocks, and the image head."""
+    blocks = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    return blocks + model.image_head.weight.numel()
+
+
+def bounds(megabytes: int = 512) -> dict[str, float]:
+    """What this machine can do in this process: bytes read a second from memory, and products a second of matrices."""
+
+    def best(function: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    data = torch.ones(megabytes * 2**17, dtype=torch.int64)
+    other = torch.empty_like(data)
+    n = 2048
+
+    def product(kind: torch.dtype) -> float:
+        a: Tensor = torch.randn(n, n).to(kind)
+        return 2 * n**3 / best(lambda: a @ a)
+
+    return {
+        "read_bytes": data.nbytes / best(lambda: data.sum()),
+        "copied_bytes": data.nbytes / best(lambda: other.copy_(data)),
+        "flops_fp32": product(torch.float32),
+        "flops_bf16": product(torch.bfloat16),
+    }
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    extra = wanted.pop("extra", None)
+    job = Job(**wanted)
+    torch.set_num_threads(job.threads)
+    result: dict[str, Any]
+    if extra == "bounds":
+        result = {**bounds(), "weights": weight_count(prior(job))}
+    elif job.what == "training":
+        result = timed_training(training(job), job)
+    else:
+        with torch.inference_mode():
+            draws = decoder(job, prior(job).eval())
+            first_step(job, draws)
+            if extra == "parts":
+                assert isinstance(draws, Engine)
+                result = {"parts": parts(job, draws)}
+            else:
+                result = timed_drawing(draw(job, draws), job)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
