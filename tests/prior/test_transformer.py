@@ -11,7 +11,7 @@ import tiny
 from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS
 from armchair.prior.sequence import StreamShape, null_text, stream_loss, text_input_ids
-from armchair.prior.transformer import Dropout, Prior, PriorConfig
+from armchair.prior.transformer import Dropout, Prior, PriorConfig, lookalikes
 from armchair.train.muon import MuonAdamW
 from armchair.train.optim import parameter_groups
 
@@ -146,6 +146,39 @@ def test_what_is_left_out_is_as_often_as_asked_and_keeps_the_mean(share):
         assert abs(float((y == 0).float().mean()) - share) < 0.03
     assert abs(float(features.mean()) - 3) < 0.1
     assert ((codes == 0).all(2) | (codes == 3).all(2)).all()  # a code as a whole, or not at all
+
+
+def test_lookalikes_are_the_nearest_codes_and_not_the_code_itself():
+    codebook = torch.tensor([[0.0, 0], [0, 1], [0, 3], [9, 9], [9, 8]])
+    assert lookalikes(codebook, 2).tolist() == [[1, 2], [0, 2], [1, 0], [4, 2], [3, 2]]
+    assert lookalikes(codebook, 6).shape == (5, 4)  # no more than there are
+
+
+def noise(share: float, table: Tensor) -> Dropout:
+    return Dropout(features=0.0, codes=0.0, noise=share, lookalikes=table, generator=tiny.seeded(1))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_so_many_codes_are_seen_as_one_that_looks_like_them(share):
+    table = torch.stack([(torch.arange(50) + n) % 50 for n in (1, 2, 3)], 1)
+    codes = torch.randint(50, (100, 64), generator=tiny.seeded())
+    seen = noise(share, table).of_tokens(codes)
+    moved = (seen - codes) % 50
+    assert abs(float((moved > 0).float().mean()) - share) < 0.02
+    assert moved.unique().tolist() == [0, 1, 2, 3]
+    shares = moved[moved > 0].bincount()[1:] / (moved > 0).sum()
+    assert (shares - 1 / 3).abs().max() < 0.05
+
+
+def test_noise_is_of_what_is_seen_and_not_of_what_is_asked_for():
+    stream = tiny.shape(4, 3)
+    model, text, codes = tiny.prior(stream, "full"), tiny.texts(2, stream), tiny.codes(2, stream)
+    table = (torch.arange(stream.codebook_size) + 1)[:, None] % stream.codebook_size
+    before = codes.clone()
+    with torch.no_grad():
+        blurred = model(text, codes, noise(1 - 1e-9, table))[1]
+        assert torch.equal(blurred, model(text, table[codes, 0])[1])  # every code seen as its neighbour
+    assert torch.equal(codes, before)
 
 
 def test_dropout_is_a_function_of_its_generator():

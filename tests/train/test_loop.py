@@ -321,7 +321,7 @@ def test_captions_are_left_out_as_often_as_asked(share):
 
 
 def test_dropout_differs_by_step_and_part_and_is_not_there_in_validation():
-    stage = prior_stage(dropout=0.2, code_dropout=0.2)
+    stage = prior_stage(dropout=0.2, code_dropout=0.2, code_noise=0.2)
     for p in stage.model.parameters():
         p.data.normal_(std=0.3)
     part = next(stage.batches(0))
@@ -333,6 +333,8 @@ def test_dropout_differs_by_step_and_part_and_is_not_there_in_validation():
     assert loss(0, 0) == loss(0, 0) and len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
     assert stage.validate(stage.model) == stage.validate(stage.model)
     stage.config = replace(stage.config, dropout=0.0, code_dropout=0.0)
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3  # what is left is noise
+    stage.config = replace(stage.config, code_noise=0.0)
     assert loss(0, 0) == loss(0, 1) == loss(1, 0)
 
 

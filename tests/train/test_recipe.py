@@ -88,6 +88,7 @@ def test_overrides_are_dotted_names(small):
         ({"prior_training.matrix_lr": 0}, r"matrix_lr: expected a number above 0, or null, got 0"),
         ({"prior_training.ema": 1.0}, r"ema: expected 0 or more and less than 1"),
         ({"prior_training.dropout": 1}, r"prior_training: dropout: expected 0 or more and less than 1"),
+        ({"prior_training.code_noise": 1.0}, r"prior_training: code_noise: expected 0 or more and less than 1"),
         ({"prior_training.code_dropout": -0.1}, r"prior_training: code_dropout: expected 0 or more and less than 1"),
         ({"prior.kind": "transformr"}, r"prior: kind: unknown 'transformr'.*'transformer'"),
         ({"image_tokenizer.kind": "vqgan"}, r"image_tokenizer: kind: unknown 'vqgan'.*dvae"),

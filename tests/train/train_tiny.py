@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     },
     "prior_training": {
         **FIT, "views": 2, "accuracy_prompts": 2, "schedule": "plateau", "plateau_patience": 1, "matrix_lr": 0.01,
-        "dropout": 0.1, "code_dropout": 0.1,
+        "dropout": 0.1, "code_dropout": 0.1, "code_noise": 0.1,
     },
     "ranker": {
         "embed_dim": 8,

@@ -103,16 +103,30 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """What training leaves out, drawn from `generator`; the paper has none, its pictures being 250 million.
+    """What training leaves out or blurs, drawn from `generator`; the paper has none, its pictures being 250 million.
 
     features: share of what a block adds to the stream, the rest being scaled up (Srivastava et al., 2014).
     codes: share of codes that the others do not get to see (their positions they do), so that more is left to be said
     by the caption (word dropout; Bowman et al., "Generating Sentences from a Continuous Space", 2016).
+    noise: share of codes that the others see as another that looks like it, drawn from `lookalikes` (K, n), so that a
+    picture may go on from codes that are nearly right, as drawn ones are (for tokens what conditioning augmentation is
+    for pixels; Ho et al., "Cascaded Diffusion Models", 2021).
     """
 
     features: float
     codes: float
     generator: torch.Generator
+    noise: float = 0.0
+    lookalikes: Tensor | None = None
+
+    def of_tokens(self, codes: Tensor) -> Tensor:
+        """codes: (B, N) as the others see them."""
+        if not self.noise or self.lookalikes is None:
+            return codes
+        options = {"generator": self.generator, "device": codes.device}
+        blurred = torch.rand(codes.shape, **options) < self.noise  # type: ignore[call-overload]
+        which = torch.randint(self.lookalikes.shape[1], codes.shape, **options)  # type: ignore[call-overload]
+        return torch.where(blurred, self.lookalikes[codes, which], codes)
 
     def of_features(self, x: Tensor) -> Tensor:
         if not self.features:
@@ -126,6 +140,13 @@ class Dropout:
             return x
         seen = torch.rand(x.shape[:2], generator=self.generator, device=x.device) >= self.codes
         return x * seen[..., None]
+
+
+def lookalikes(codebook: Tensor, count: int) -> Tensor:
+    """(K, C), the image tokenizer's vectors of its codes -> (K, count): the codes whose vectors are nearest."""
+    vectors = codebook.detach().float()
+    distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
+    return distances.topk(min(count, len(vectors) - 1), largest=False).indices
 
 
 class CodeVectors(nn.Module):
@@ -254,7 +275,8 @@ class Prior(nn.Module):
         """text_tokens (B, T) with pads, codes (B, N) -> text logits (B, T, V+1), image logits (B, N, K)."""
         t = self.shape.text_length
         inputs, outputs = self._code_tables()
-        image = F.embedding(codes[:, :-1], inputs)
+        seen = codes[:, :-1]
+        image = F.embedding(seen if dropout is None else dropout.of_tokens(seen), inputs)
         if dropout is not None:
             image = dropout.of_codes(image)
         image = image + self._positions()[: codes.shape[1] - 1]

@@ -234,7 +234,7 @@ class Cache:
         self.flat_steps = [step.flatten(1, 2)[:, :, None] for step in self.steps]
         most = self.text_slots + max(store.size for store in stores)
         block = min(rows, ATTENTION_ROWS) * heads
-        self.scratch = torch.empty(2, block * most * size if eight_bits else 0)
+        self.scratch = torch.empty(block * most * size if eight_bits else 0)
 
     def put(self, layer: int, slot: int, kept: Tensor) -> None:
         """Keep a key and a value of each row, (R, 2, H, E), in an image slot."""
@@ -255,21 +255,19 @@ class Cache:
         out = []
         for start in range(0, len(q), ATTENTION_ROWS * heads):
             block = slice(start, start + ATTENTION_ROWS * heads)
-            keys, values = self._written_out(self.flat_kept[layer][:, block, seen])
-            scores = torch.bmm(q[block], keys.transpose(1, 2))  # (R H, 1, M)
+            keys, values = self.flat_kept[layer][:, block, seen].unbind()
+            scores = torch.bmm(q[block], self._written_out(keys).transpose(1, 2))  # (R H, 1, M)
             if self.steps:
                 key_steps, value_steps = self.flat_steps[layer][:, block, :, seen].unbind()
-                out.append(torch.bmm(scores.mul_(key_steps).softmax(-1).mul_(value_steps), values))
+                shares = scores.mul_(key_steps).softmax(-1).mul_(value_steps)
             else:
-                out.append(torch.bmm(scores.softmax(-1), values))
+                shares = scores.softmax(-1)
+            out.append(torch.bmm(shares, self._written_out(values)))
         return (out[0] if len(out) == 1 else torch.cat(out)).view(rows, heads * size)
 
-    def _written_out(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block, (2, R H, M, E), in 32 bits."""
-        if self.steps:
-            kept = self.scratch[:, : kept[0].numel()].view(kept.shape).copy_(kept)
-        keys, values = kept.unbind()
-        return keys, values
+    def _written_out(self, kept: Tensor) -> Tensor:
+        """Keys or values of a block, (R H, M, E), in 32 bits, until the next are written out."""
+        return self.scratch[: kept.numel()].view(kept.shape).copy_(kept) if self.steps else kept
 
 
 def _lookup(store: ImageKeys, text: Tensor, shape: StreamShape) -> list[int | Tensor]:

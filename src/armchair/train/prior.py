@@ -17,7 +17,7 @@ from armchair.image.dvae import DVAE
 from armchair.image.pixels import to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import stream_loss
-from armchair.prior.transformer import Dropout, Prior
+from armchair.prior.transformer import Dropout, Prior, lookalikes
 from armchair.runtime import generator, stream_seed
 from armchair.sample.generate import candidate_uniforms, draw_codes
 from armchair.sample.next_token import Settings
@@ -30,6 +30,7 @@ from armchair.train.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 SHEET_CANDIDATES = 4
+LOOKALIKES = 6  # codes that one can be taken for, under `code_noise`
 
 
 class PriorStage:
@@ -51,6 +52,7 @@ class PriorStage:
         self.cache, self.validation = cache, validation
         equal = bool((cache.weights == cache.weights[0]).all())
         self.order = Order(len(cache) if equal else cache.weights, recipe.seed)
+        self.lookalikes = lookalikes(image_tokenizer.code_vectors, LOOKALIKES) if self.config.code_noise else None
 
     def batches(self, start_step: int) -> Generator[Any, None, None]:
         """(text tokens (B, T), codes (B, N)) from `start_step` on."""
@@ -85,10 +87,16 @@ class PriorStage:
 
     def _dropout(self, step: int, part: int, device: torch.device) -> Dropout | None:
         config = self.config
-        if not (config.dropout or config.code_dropout):
+        if not (config.dropout or config.code_dropout or config.code_noise):
             return None
         own = generator(self.recipe.seed, self.name, "dropout", step, part, device=device)
-        return Dropout(features=config.dropout, codes=config.code_dropout, generator=own)
+        return Dropout(
+            features=config.dropout,
+            codes=config.code_dropout,
+            noise=config.code_noise,
+            lookalikes=None if self.lookalikes is None else self.lookalikes.to(device),
+            generator=own,
+        )
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:

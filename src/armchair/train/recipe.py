@@ -133,6 +133,7 @@ class PriorTraining(FitConfig):
     caption_dropout: float = 0.1  # share of captions left out, which is what guidance needs
     dropout: float = 0.0  # share of what a block adds that is left out, against learning few pictures by heart
     code_dropout: float = 0.0  # share of codes that those after them do not see, so that more is left to the caption
+    code_noise: float = 0.0  # share of codes that those after them see as another that looks like it
     views: int = 1  # times each image is encoded: once as it is, the rest with random crops
     beta2: float = 0.96
     weight_decay: float = 4.5e-2
@@ -142,7 +143,7 @@ class PriorTraining(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dropout", "code_dropout"):
+        for name in ("dropout", "code_dropout", "code_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
 
