@@ -19,8 +19,10 @@ from PIL import Image
 from armchair.eval.figures import bootstrap
 from armchair.eval.likelihood import drawn_nats, token_nats
 from armchair.eval.pairs import read_pairs
-from armchair.sample.engine import WEIGHTS
+from armchair.sample.engine import WEIGHTS, exact_products
 from armchair.sample.pipeline import load_artist
+
+FORMS = [weights for weights in WEIGHTS if weights != "int8" or exact_products()]
 
 
 def quality(model: str, data: list[str], count: int) -> dict:
@@ -30,7 +32,7 @@ def quality(model: str, data: list[str], count: int) -> dict:
     codes = artist.encode([Image.fromarray(image) for image in pairs.images])
     exact = token_nats(artist, pairs.captions, codes)[1].mean(1).numpy() / math.log(2)
     found: dict = {"bundle": artist.bundle.fingerprint, "pictures": len(pairs), "exact": {"bits": float(exact.mean())}}
-    for weights in WEIGHTS:
+    for weights in FORMS:
         bits = drawn_nats(artist, pairs.captions, codes, weights).mean(1).numpy() / math.log(2)
 
         def rise(rows: np.ndarray, bits: np.ndarray = bits) -> float:
@@ -54,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     found = quality(args.model, args.data, args.pictures)
     print(f"{found['pictures']} pictures; exact {found['exact']['bits']:.4f} bits an image token")
-    for weights in WEIGHTS:
+    for weights in FORMS:
         f = found[weights]
         low, high = f["interval"]
         print(f"{weights:<6} {f['bits']:.4f}  {f['rise_percent']:+.3f} % [{low:+.3f}, {high:+.3f}]")

@@ -86,5 +86,5 @@ def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):
     benchmark("engine_quality").main()
     results = json.loads(found.read_text())
     assert results["pictures"] == 6 and abs(results["fp32"]["rise_percent"]) < 1e-3
-    assert 0 < abs(results["int8"]["rise_percent"]) < 2
-    assert "int8" in capsys.readouterr().out
+    assert 0 < abs(results["bf16"]["rise_percent"]) < 2
+    assert "bf16" in capsys.readouterr().out

@@ -17,6 +17,7 @@ import tiny
 from armchair import cli
 from armchair.cli import COMMANDS, main
 from armchair.config import to_dict
+from armchair.sample.engine import default_weights
 from armchair.sample.png import read_record
 from armchair.train.report import Report
 from conftest import tiny_recipe_dict
@@ -145,7 +146,7 @@ def test_draw_json(draw: Run, tiny_bundle: Path) -> None:
     assert set(one) == {"prompt", "bundle", "settings", "images"}
     assert one["bundle"]["name"] == "tiny" and len(one["bundle"]["fingerprint"]) == 64
     sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
-    assert one["settings"] == {**sampling, "weights": "int8"}
+    assert one["settings"] == {**sampling, "weights": default_weights()}
     assert [i["path"] for i in one["images"]] == ["a-red-circle-01.png", "a-red-circle-02.png"]
     assert all(i["seed"] == 5 and i["score"] is None and len(i["codes"]) == 4 for i in one["images"])
     several = json.loads(draw(PROMPT, "a \ud800 사과", *flags, "--out", "more").out)

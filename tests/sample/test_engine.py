@@ -8,11 +8,21 @@ from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS, ImageKeys
 from armchair.prior.sequence import null_text
 from armchair.prior.transformer import PromptCache
-from armchair.sample.engine import WEIGHTS, Cache, Engine, Int8Product, in_eight_bits, pack
+from armchair.sample.engine import (
+    WEIGHTS,
+    Cache,
+    Engine,
+    Int8Product,
+    default_weights,
+    exact_products,
+    in_eight_bits,
+    pack,
+)
 from armchair.sample.generate import candidate_uniforms, draw_codes, draw_codes_uncached
 from armchair.sample.next_token import Settings
 
 STREAM = tiny.shape(grid=4, text_length=4, codebook=17)
+HERE = [weights for weights in WEIGHTS if weights != "int8" or exact_products()]
 
 
 def forced_logits(decoder, text, codes):
@@ -54,7 +64,7 @@ def test_the_same_on_a_grid_wider_than_the_window(pattern):
         assert (forced_logits(Engine(model), text, codes) - model(text, codes)[1]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", HERE)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_fewer_bits_move_the_distribution_little(weights, pattern):
     stream = tiny.shape(grid=4, text_length=4, codebook=17)
@@ -88,7 +98,7 @@ def test_eight_bit_drawings_follow_the_models_distribution():
     text, n = tiny.texts(1, stream), 4000
     with torch.no_grad():
         p = model(text, torch.zeros(1, 1).long())[1][0, 0].softmax(-1)
-    codes = draw_codes(Engine(model, "int8"), text, [0] * n, candidate_uniforms(0, range(n), 1), Settings())
+    codes = draw_codes(Engine(model, HERE[-1]), text, [0] * n, candidate_uniforms(0, range(n), 1), Settings())
     assert (codes.flatten().bincount(minlength=6) / n - p).abs().max() < 0.04
 
 
@@ -98,7 +108,7 @@ def test_eight_bit_drawings_follow_the_models_distribution():
 @settings(max_examples=15)
 @given(
     picked=st.lists(st.integers(0, 60), min_size=1, max_size=40),
-    weights=st.sampled_from(WEIGHTS),
+    weights=st.sampled_from(HERE),
     guidance=st.sampled_from([1.0, 2.5]),
 )
 def test_any_company_gives_the_same_codes(picked, weights, guidance):
@@ -126,7 +136,7 @@ def test_rows_that_depend_on_their_neighbours_are_drawn_by_batches_of_one_size(m
 
 def test_dependent_rows_are_found_out(monkeypatch):
     """A product that adds a little of its neighbours, as one with another blocking does."""
-    engine = Engine(tiny.prior(STREAM, "full", seed=3), "int8")
+    engine = Engine(tiny.prior(STREAM, "full", seed=3), HERE[-1])
     head = engine.head
     engine.head = lambda x: head(x) * (1 + 1e-6 * len(x))
     assert not engine._rows_are_independent()
@@ -135,7 +145,7 @@ def test_dependent_rows_are_found_out(monkeypatch):
 def test_an_engine_keeps_the_prior_as_it_was():
     model = tiny.prior(STREAM, "full", seed=3)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    engine = Engine(model, "int8")
+    engine = Engine(model, HERE[-1])
     draw_codes(engine, null_text(1, STREAM), [0], candidate_uniforms(0, [0], 16), Settings())
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
@@ -185,6 +195,34 @@ def test_attention_of_one_query_is_attention(eight_bits):
         shares = (q[:, :, None] * keys[:, :, seen]).sum(-1).softmax(-1)
         expected = (shares[..., None] * values[:, :, seen]).sum(2).flatten(1)
         assert (cache.attend(0, q, visible) - expected).abs().max() < 1e-5
+
+
+@pytest.fixture
+def saturating(monkeypatch):
+    """A processor that takes one factor without a sign, by adding 128, and adds pairs of products in 16 bits."""
+
+    def product(a, b):
+        pairs = ((a.long() + 128)[:, :, None] * b.long()[None]).transpose(1, 2).unflatten(2, (-1, 2)).sum(3)
+        return (pairs.clamp(-(2**15), 2**15 - 1).sum(2) - 128 * b.long().sum(0)).int()
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    exact_products.cache_clear()
+    yield
+    exact_products.cache_clear()
+
+
+def test_where_sums_are_not_exact_eight_bits_are_not_drawn_with(saturating):
+    assert not exact_products() and default_weights() == "fp32"
+    with pytest.raises(RequestError, match="exactly; take fp32"):
+        Engine(tiny.prior(STREAM, "full"), "int8")
+
+
+def test_sums_are_exact_at_the_ends_of_the_range():
+    if not exact_products():
+        pytest.skip("this processor adds up eight-bit products in 16 bits")
+    assert default_weights() == "int8"
+    product = Int8Product(torch.full((3, 512), 127.0), torch.zeros(3))
+    assert torch.equal(product(torch.full((2, 512), -1.0)), torch.full((2, 3), -127.0 * 512))
 
 
 def test_an_unknown_form_is_refused():

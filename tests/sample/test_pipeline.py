@@ -16,6 +16,7 @@ import armchair
 from armchair.bundle import read_bundle, write_bundle
 from armchair.config import to_dict
 from armchair.errors import BundleError, RequestError, WorkError
+from armchair.sample.engine import default_weights
 from armchair.sample.generate import FREE
 from armchair.sample.pipeline import Artist, Drawing, load_artist, redraw_png
 from armchair.sample.png import read_record, save_png
@@ -106,7 +107,7 @@ def test_to_json(artist: Artist, tmp_path: Path) -> None:
     data = json.loads(json.dumps(drawing.to_json(drawing.save(tmp_path))))
     assert list(data) == ["prompt", "bundle", "settings", "images"]
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
-    assert data["settings"] == {**sampling, "weights": "int8"}
+    assert data["settings"] == {**sampling, "weights": default_weights()}
     assert [list(i) for i in data["images"]] == [["path", "candidate", "seed", "score", "codes"]] * 2
     assert data["images"][1]["path"].endswith("a-red-circle-02.png") and data["images"][1]["score"] is None
     assert drawing.to_json()["images"][0]["path"] is None
@@ -121,7 +122,7 @@ def test_redraw_bit_for_bit(artist: Artist, tmp_path: Path) -> None:
         assert copy.read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", default_weights()])
 def test_redraw_uses_the_recorded_weights(tiny_bundle: Path, tmp_path: Path, weights: str) -> None:
     (path,) = load_artist(tiny_bundle, "cpu", weights=weights).draw(PROMPT, candidates=1).save(tmp_path / "w.png")
     assert read_record(path)["weights"] == weights

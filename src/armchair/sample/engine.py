@@ -13,6 +13,7 @@ One token needs each weight once and little else, so drawing a few pictures is b
   when an engine is made), rows need not come in batches of one size: one picture costs one row.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armchair.config import check_name
+from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, turn
 from armchair.prior.sequence import StreamShape, text_input_ids
 from armchair.prior.transformer import Prior, PromptCache
@@ -31,6 +33,27 @@ TINY = torch.tensor(1e-14)  # the step of zeros
 ATTENTION_ROWS = 8
 
 Product = Callable[[Tensor], Tensor]  # (R, in) -> (R, out), both in the engine's compute type
+
+
+@functools.cache
+def exact_products() -> bool:
+    """Whether `torch._int_mm` adds up exactly here, tried at the ends of the range.
+
+    Processors from before VNNI take one factor without a sign, and may add pairs of products in 16 bits, which do not
+    hold them.
+    """
+    ends = torch.tensor([-INT8_MOST, INT8_MOST], dtype=torch.int8)
+    g = torch.Generator().manual_seed(0)
+    x, w = (ends[torch.randint(2, (rows, 256), generator=g)] for rows in (8, 64))
+    x[0], w[0], w[1] = INT8_MOST, INT8_MOST, -INT8_MOST
+    exact = x.long() @ w.long().T
+    ways = (torch._int_mm(x, w.T), torch._int_mm(x, w.T.contiguous()), torch._int_mm(x[:1], w.T).expand(8, -1))
+    return all(torch.equal(way[:1].long(), exact[:1]) for way in ways) and torch.equal(ways[1].long(), exact)
+
+
+def default_weights() -> str:
+    """`int8` where its products are exact, else `fp32`."""
+    return "int8" if exact_products() else "fp32"
 
 
 def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,10 +111,15 @@ class Layer(NamedTuple):
 
 
 class Engine:
-    """A prior ready to draw on a CPU. Raises RequestError for `weights` that are none of WEIGHTS."""
+    """A prior ready to draw on a CPU.
+
+    Raises RequestError for `weights` that are none of WEIGHTS, and for `int8` where a processor cannot do it.
+    """
 
     def __init__(self, prior: Prior, weights: str = "fp32"):
         check_name("weights", weights, WEIGHTS)
+        if weights == "int8" and not exact_products():
+            raise RequestError("weights 'int8': this processor does not add up eight-bit products exactly; take fp32")
         prior = prior.folded()
         self.shape: StreamShape = prior.shape
         self.config, self.weights = prior.config, weights

@@ -28,7 +28,7 @@ from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig
 from armchair.runtime import pick_device
-from armchair.sample.engine import WEIGHTS, Engine
+from armchair.sample.engine import WEIGHTS, Engine, default_weights
 from armchair.sample.generate import (
     FREE,
     MICRO_BATCH,
@@ -215,7 +215,7 @@ class Artist:
         codebook = self.image_tokenizer.code_vectors
         self.prior = load_part(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
         self.ranker = open_ranker(bundle, device) if ranker is None and "ranker" in bundle.parts else ranker
-        self.weights = weights or ("int8" if device.type == "cpu" else "fp32")
+        self.weights = weights or (default_weights() if device.type == "cpu" else "fp32")
         self._decoders: dict[str, Decoder] = {}
         self.decoder(self.weights)
 
