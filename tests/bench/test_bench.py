@@ -13,7 +13,7 @@ from armchair.bench.shape import Job
 from armchair.errors import RequestError, WorkError
 from armchair.sample.engine import exact_products
 
-pytestmark = pytest.mark.skipif(not exact_products(), reason="this processor does not add up eight-bit products exactly")
+pytestmark = pytest.mark.skipif(not exact_products(), reason="eight-bit products are not exact on this processor")
 
 SMALL = Job(system="armchair-int8", text=4, grid=3, text_vocab=20, codebook=30, width=16, depth=2, heads=2)
 SIZES = {"text": 4, "grid": 3, "text-vocab": 20, "codebook": 30, "width": 16, "depth": 2, "heads": 2, "rounds": 1}
