@@ -30,9 +30,9 @@ from armchair.prior.transformer import Prior, PromptCache
 WEIGHTS = ("fp32", "bf16", "int8")
 INT8_MOST = 127
 TINY = torch.tensor(1e-14)  # the step of zeros
-ATTENTION_ROWS = 8
+ATTENTION_ROWS = 8  # whose keys and values are written out in 32 bits together
 
-Product = Callable[[Tensor], Tensor]  # (R, in) -> (R, out), both in the engine's compute type
+Product = Callable[[Tensor], Tensor]  # (R, in) -> (R, out), float32
 
 
 @functools.cache
@@ -83,8 +83,9 @@ class Int8Product:
     def __init__(self, weight: Tensor, bias: Tensor):
         self.narrow = weight.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
         self.codes, step = in_eight_bits(F.pad(weight, (0, int(self.narrow))))
-        self.step, self.bias, self.turned = step[:, 0], bias, self.codes.T
-        self.columns: Tensor | None = None  # (in, out): for several rows a layout that is read once for all of them
+        self.step, self.bias = step[:, 0], bias
+        self.turned = self.codes.T  # (in, out), as it lies: the quickest for one row
+        self.columns: Tensor | None = None  # the same laid anew, which is read once for several rows
 
     def __call__(self, x: Tensor) -> Tensor:
         small, step = in_eight_bits(x)
