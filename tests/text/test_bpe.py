@@ -178,6 +178,7 @@ def spoilt(**changes: object) -> str:
         spoilt(vocab={}, merges=[]),
         spoilt(vocab={b: 7 + i for i, b in enumerate(BYTES)}, merges=[]),
         spoilt(merges=[["a", "nowhere"]]),
+        spoilt(continuing_subword_prefix="x" * 30),  # the crate panics
     ],
 )
 def test_malformed_json(malformed: str) -> None:

@@ -59,7 +59,9 @@ class TextTokenizer:
         """Read what `to_json` wrote. Raises BundleError for anything else."""
         try:
             hf = Tokenizer.from_str(text)
-        except Exception as error:  # the crate raises bare Exception
+        except BaseException as error:  # the crate raises bare Exception, and where it panics what is none
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise BundleError(f"text tokenizer: not in the Hugging Face tokenizers format: {error}") from None
         if _pipeline(hf) != _pipeline(_untrained()):
             raise BundleError("text tokenizer: expected byte-level BPE over NFKC lower case")
