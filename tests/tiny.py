@@ -1,7 +1,7 @@
 """Models small enough for a test: milliseconds to build and run."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from armchair.clip.model import CLIP, CLIPConfig, ImageTowerConfig, TextShape, T
 from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior, PriorConfig
+from armchair.sample.generate import Decoder, candidate_uniforms, draw_codes
+from armchair.sample.next_token import Settings
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -99,6 +101,16 @@ def randomise(model: nn.Module) -> None:
         else:
             std = 0.7 if "embedding" in name or "position" in name else 1 / math.sqrt(p.shape[1])
             p.copy_(std * torch.randn_like(p))
+
+
+def off_distribution(draws: Callable[[Prior], Decoder]) -> float:
+    """The largest difference of shares of a picture's only code, of 4,000 drawn by what `draws` makes of a model."""
+    stream, n = shape(grid=1, text_length=2, codebook=6), 4000
+    model, text = prior(stream, "full", seed=1), texts(1, stream)
+    with torch.no_grad():
+        p = model(text, torch.zeros(1, 1).long())[1][0, 0].softmax(-1)
+    drawn = draw_codes(draws(model), text, [0] * n, candidate_uniforms(0, range(n), 1), Settings())
+    return float((drawn.flatten().bincount(minlength=6) / n - p).abs().max())
 
 
 def texts(count: int, stream: StreamShape, seed: int = 0) -> Tensor:

@@ -189,8 +189,9 @@ def bench(args: argparse.Namespace, what: str) -> None:
             raise RequestError(f"{path} is there already: choose another name, or --force")
     if job.width % job.heads:
         raise RequestError(f"--width {job.width} is not a multiple of --heads {job.heads}")
-    own = args.weights if what == "sampling" else ["armchair"]
-    systems = [*(f"armchair-{w}" if w != "plain" else w for w in own)] if what == "sampling" else own
+    systems = ["armchair"]
+    if what == "sampling":
+        systems = [weights if weights == "plain" else f"armchair-{weights}" for weights in args.weights]
     systems += [name for names in args.against for name in names.split(",") if name]
     options = {"precisions": args.precision} if what == "training" else {}
     found = measure(

@@ -91,7 +91,6 @@ def test_wrong_requests(capsys, tmp_path):
 
 
 def test_a_measurement_that_fails_says_why(monkeypatch):
-    monkeypatch.setattr(sys, "executable", sys.executable)
     with pytest.raises(WorkError, match="armchair-int8 failed: .*n_head"):
         run(Job(**{**vars(SMALL), "heads": 3}))
     monkeypatch.setattr(bench_run, "TIME_LIMIT", 0.01)

@@ -93,13 +93,7 @@ def test_drawing_equals_the_literal_sampler():
 
 
 def test_eight_bit_drawings_follow_the_models_distribution():
-    stream = tiny.shape(grid=1, text_length=2, codebook=6)
-    model = tiny.prior(stream, "full", seed=1)
-    text, n = tiny.texts(1, stream), 4000
-    with torch.no_grad():
-        p = model(text, torch.zeros(1, 1).long())[1][0, 0].softmax(-1)
-    codes = draw_codes(Engine(model, HERE[-1]), text, [0] * n, candidate_uniforms(0, range(n), 1), Settings())
-    assert (codes.flatten().bincount(minlength=6) / n - p).abs().max() < 0.04
+    assert tiny.off_distribution(lambda model: Engine(model, HERE[-1])) < 0.04
 
 
 # Determinism.

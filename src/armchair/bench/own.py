@@ -56,11 +56,22 @@ def draw(job: Job, draws: Decoder) -> Callable[[], int]:
     return run
 
 
-def first_step(job: Job, draws: Decoder) -> None:
-    """One token, untimed: weights are packed for the batch at hand when it first comes."""
+def steps(job: Job, draws: Decoder, first: int, count: int) -> Callable[[], float]:
+    """Some tokens of the batch's pictures, without picking them: what these steps of the decoder take, in seconds.
+
+    They are gone through once untimed, as weights are packed for the batch at hand when it first comes.
+    """
     rows = torch.zeros(job.batch, dtype=torch.int64)
-    prompts = read_prompts(draws, torch.zeros(1, job.text, dtype=torch.int64))
-    draws.decode_step(rows, 0, draws.start(prompts.rows(rows)))
+    cache = draws.start(read_prompts(draws, torch.zeros(1, job.text, dtype=torch.int64)).rows(rows))
+
+    def run() -> float:
+        began = time.perf_counter()
+        for j in range(first, first + count):
+            draws.decode_step(rows, j, cache)
+        return time.perf_counter() - began
+
+    run()
+    return run
 
 
 def training(job: Job) -> Callable[[], None]:
@@ -138,18 +149,8 @@ def ratios(job: Job, rounds: int = 5) -> dict[str, float]:
     Medians over rounds that alternate, in this process: what a check for regressions can rely on.
     """
 
-    def steps(draws: Decoder, batch: int, first: int, count: int) -> Callable[[], float]:
-        rows = torch.zeros(batch, dtype=torch.int64)
-        cache = draws.start(read_prompts(draws, torch.zeros(1, job.text, dtype=torch.int64)).rows(rows))
-
-        def run() -> float:
-            began = time.perf_counter()
-            for j in range(first, first + count):
-                draws.decode_step(rows, j, cache)
-            return time.perf_counter() - began
-
-        run()
-        return run
+    def last(one: Job, draws: Decoder) -> Callable[[], float]:
+        return steps(one, draws, one.image - 17, 16)
 
     def over(one: Callable[[], float], other: Callable[[], float]) -> float:
         return sorted(one() / other() for _ in range(rounds))[rounds // 2]
@@ -159,11 +160,12 @@ def ratios(job: Job, rounds: int = 5) -> dict[str, float]:
     try:
         with torch.inference_mode():
             model = prior(job).eval()
-            engine, last = Engine(model, "int8"), job.image - 17
-            found = {f"batch {b}": over(steps(model, b, last, 16), steps(engine, b, last, 16)) for b in (1, 8)}
+            engine, found = Engine(model, "int8"), {}
+            for one in (replace(job, batch=1), replace(job, batch=8)):
+                found[f"batch {one.batch}"] = over(last(one, model), last(one, engine))
             for pattern in ("full", "row", "column", "convolutional"):
-                small, large = (replace(job, pattern=pattern, grid=side) for side in (8, 24))
-                runs = [steps(Engine(prior(j).eval(), "int8"), 8, j.image - 17, 16) for j in (large, small)]
+                large, small = (replace(job, pattern=pattern, batch=8, grid=side) for side in (24, 8))
+                runs = [last(one, Engine(prior(one).eval(), "int8")) for one in (large, small)]
                 found[f"grid 24 over 8, {pattern}"] = over(*runs)
     finally:
         torch.set_num_threads(threads)
@@ -216,7 +218,7 @@ def main() -> None:
     else:
         with torch.inference_mode():
             draws = decoder(job, prior(job).eval())
-            first_step(job, draws)
+            steps(job, draws, 0, 1)
             if extra == "parts":
                 assert isinstance(draws, Engine)
                 result = {"parts": parts(job, draws)}

@@ -25,10 +25,6 @@ from shape import Job  # type: ignore[import-not-found]  # noqa: E402
 SPREAD = 8  # tokens, evenly over the picture, that stand for all where each is computed from nothing
 
 
-class MissingPeer(Exception):
-    """The environment lacks a package."""
-
-
 class _StandIn(types.ModuleType):
     """A module of which any name can be imported."""
 

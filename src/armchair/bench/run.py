@@ -124,8 +124,8 @@ def report(
     first = found[0]
     rows = []
     for measured in found:
-        same = [m for m in found if (m.system, m.batch) == (first.system, measured.batch)]
-        ours = next((m for m in same if m.precision == measured.precision), same[0])
+        beside = (first.system, measured.batch, measured.precision)
+        ours = next(m for m in found if (m.system, m.batch, m.precision) == beside)
         rows.append(
             {
                 **{k: v for k, v in vars(measured).items() if v is not None},
@@ -140,12 +140,19 @@ def report(
     return {"sizes": sizes, "machine": machine, "measured": rows, "seconds a token by part": parts}
 
 
+def _label(row: dict[str, Any]) -> str:
+    return " ".join(filter(None, (row["system"], row.get("precision"))))
+
+
+def _unit(data: dict[str, Any]) -> str:
+    return "image tokens a second" if data["sizes"]["what"] == "sampling" else "samples a second"
+
+
 def table(data: dict[str, Any]) -> str:
     """The report for people."""
     sizes, machine = data["sizes"], data["machine"]
-    unit = "image tokens" if sizes["what"] == "sampling" else "samples"
     lines = [
-        f"{unit} a second; text {sizes['text']}, grid {sizes['grid']}, width {sizes['width']}, depth {sizes['depth']}, "
+        f"{_unit(data)}; text {sizes['text']}, grid {sizes['grid']}, width {sizes['width']}, depth {sizes['depth']}, "
         f"heads {sizes['heads']}, {sizes['threads']} thread(s)"
     ]
     if machine:
@@ -157,10 +164,9 @@ def table(data: dict[str, Any]) -> str:
     over = next(name for name in data["measured"][0] if name.endswith("over it"))
     lines += ["", f"{'system':<26}{'batch':>6}{'median':>10}{'lowest':>10}{'highest':>10}{over:>25}{'of bound':>10}"]
     for row in data["measured"]:
-        name = " ".join(filter(None, (row["system"], row.get("precision"))))
         share = row["share of the bound"]
         lines.append(
-            f"{name:<26}{row['batch']:>6}{row['median']:>10.4g}{row['lowest']:>10.4g}{row['highest']:>10.4g}"
+            f"{_label(row):<26}{row['batch']:>6}{row['median']:>10.4g}{row['lowest']:>10.4g}{row['highest']:>10.4g}"
             f"{row[over]:>25.2f}{'' if share is None else f'{share:.0%}':>10}"
         )
     for name, parts in data["seconds a token by part"].items():
@@ -174,20 +180,19 @@ def plot(data: dict[str, Any], path: Path) -> None:
     """Bars of every system's median at each batch size. Raises RequestError without matplotlib."""
     pyplot = _pyplot()
     rows = data["measured"]
-    names = list(dict.fromkeys(" ".join(filter(None, (r["system"], r.get("precision")))) for r in rows))
+    names = list(dict.fromkeys(map(_label, rows)))
     batches = list(dict.fromkeys(r["batch"] for r in rows))
     figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
     height = 0.8 / len(batches)
     for i, batch in enumerate(batches):
         chosen = [r for r in rows if r["batch"] == batch]
-        places = [names.index(" ".join(filter(None, (r["system"], r.get("precision"))))) for r in chosen]
+        places = [names.index(_label(r)) for r in chosen]
         values = [r["median"] for r in chosen]
         spread = [[r["median"] - r["lowest"] for r in chosen], [r["highest"] - r["median"] for r in chosen]]
         y = [place + i * height for place in places]
         bars = axes.barh(y, values, height, xerr=spread, label=f"batch {batch}")
         axes.bar_label(bars, fmt="%.3g", padding=4, fontsize=8)
-    unit = "image tokens" if data["sizes"]["what"] == "sampling" else "samples"
-    axes.set(yticks=[n + 0.4 - height / 2 for n in range(len(names))], yticklabels=names, xlabel=f"{unit} a second")
+    axes.set(yticks=[n + 0.4 - height / 2 for n in range(len(names))], yticklabels=names, xlabel=_unit(data))
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.legend()

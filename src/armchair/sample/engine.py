@@ -126,7 +126,7 @@ class Engine:
         self.config, self.weights = prior.config, weights
 
         def packed(linear: torch.nn.Linear) -> Product:
-            return pack(linear.weight.detach(), linear.bias.detach(), weights)
+            return pack(linear.weight, linear.bias, weights)
 
         def norm(layer: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
             return layer.weight.detach(), layer.bias.detach()
@@ -135,7 +135,7 @@ class Engine:
             """With the queries' scale, the root of E, in the weights."""
             width = linear.in_features
             scale = torch.ones(3 * width).index_fill_(0, torch.arange(width), (width // self.config.n_head) ** -0.5)
-            return pack(linear.weight.detach() * scale[:, None], linear.bias.detach() * scale, weights)
+            return pack(linear.weight * scale[:, None], linear.bias * scale, weights)
 
         self.layers = [
             Layer(
@@ -214,7 +214,7 @@ class Engine:
         return x + layer.mlp_out(F.gelu(layer.mlp_in(h)))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head(F.layer_norm(x, x.shape[1:], *self.norm)).float()
+        return self.head(F.layer_norm(x, x.shape[1:], *self.norm))
 
     @torch.inference_mode()
     def _rows_are_independent(self) -> bool:

@@ -569,11 +569,11 @@ def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None 
     if record.weights != "fp32" and device == "auto":
         device = "cpu"  # where alone such weights draw
     try:
-        artist = load_artist(asked, device)
+        artist = load_artist(asked, device, weights=record.weights)
     except BundleError:
         if model is not None or record.bundle.name not in bundled_names():
             raise
-        artist = load_artist(record.bundle.name, device)
+        artist = load_artist(record.bundle.name, device, weights=record.weights)
     return artist.redraw(path)
 
 
