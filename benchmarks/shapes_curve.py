@@ -14,6 +14,12 @@ import json
 import sys
 from pathlib import Path
 
+LINES = {
+    "accuracy_1": "one object",
+    "accuracy_2": "two objects",
+    "accuracy_held_1": "one object, pairs kept from training",
+    "accuracy_held_2": "two objects, pairs kept from training",
+}
 PAUSE = 300  # s; a longer silence in the log is a run that was not running
 
 
@@ -22,7 +28,7 @@ def curve(log: Path) -> list[dict[str, float]]:
     points, worked, before = [], 0.0, None
     for line in log.read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
-        if before is not None and event["event"] != "begin" and event["time"] - before < PAUSE:
+        if before is not None and event["time"] - before < PAUSE:
             worked += event["time"] - before
         before = event["time"]
         if event["event"] == "validation" and (shares := {k: v for k, v in event.items() if k.startswith("accuracy")}):
@@ -40,8 +46,10 @@ def plot(points: list[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, label in (("accuracy_1", "one object"), ("accuracy_2", "two objects")):
-        axes.plot([p["minutes"] for p in points], [100 * p[name] for p in points], marker="o", label=label)
+    for name, label in LINES.items():
+        shown = [p for p in points if name in p]  # logs from before held-out pairs were drawn have two of the four
+        if shown:
+            axes.plot([p["minutes"] for p in shown], [100 * p[name] for p in shown], marker="o", ms=3, label=label)
     axes.set(xlabel="minutes of training, all stages", ylabel="whole scene right, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -351,13 +351,16 @@ class Painter(nn.Module):
 
 
 def test_prompt_accuracy_is_the_share_of_right_pictures():
-    scenes = [scene(i, split="val", objects=objects) for objects in (1, 2) for i in range(4)]
+    splits = ("val", "held-form-colour")
+    scenes = [scene(i, split=split, objects=objects) for split in splits for objects in (1, 2) for i in range(4)]
     pictures = stack([render(s) for s in scenes])
-    pictures[5] = 0.5  # one of the four of two objects shows nothing
+    pictures[5] = pictures[8:10] = 0.5  # nothing in one of four of two objects, in two of held-out pairs
     stage = prior_stage(accuracy_prompts=4)
     stage.image_tokenizer = Painter(pictures)
     figures = stage.validate(stage.model)
-    assert figures["accuracy_1"] == 1.0 and figures["accuracy_2"] == 0.75
+    assert {name: share for name, share in figures.items() if name.startswith("accuracy")} == {
+        "accuracy_1": 1.0, "accuracy_2": 0.75, "accuracy_held_1": 0.5, "accuracy_held_2": 1.0
+    }  # fmt: skip
     assert not any(name.startswith("accuracy") for name in prior_stage().validate(stage.model))
 
 

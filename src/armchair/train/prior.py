@@ -30,6 +30,7 @@ from armchair.train.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 SHEET_CANDIDATES = 4
+ACCURACIES = {"val": "accuracy", "held-form-colour": "accuracy_held"}  # of splits of the shapes world
 LOOKALIKES = 6  # codes that one can be taken for, under `code_noise`
 
 
@@ -116,13 +117,14 @@ class PriorStage:
         loss_all, text_loss, image_loss = sums / count
         figures = {"loss": float(loss_all), **_figures(float(text_loss), float(image_loss))}
         if self.config.accuracy_prompts:
-            for objects in COUNTS["val"]:
-                figures[f"accuracy_{objects}"] = self._prompt_accuracy(model, objects)
+            for split, name in ACCURACIES.items():
+                for objects in COUNTS[split]:
+                    figures[f"{name}_{objects}"] = self._prompt_accuracy(model, split, objects)
         return figures
 
-    def _prompt_accuracy(self, model: Any, objects: int) -> float:
-        """Share of drawings of held-out prompts of the shapes world that show all that was asked for."""
-        wanted = prompts(self.config.accuracy_prompts, split="val", objects=objects)
+    def _prompt_accuracy(self, model: Any, split: str, objects: int) -> float:
+        """Share of drawings of a split's prompts of the shapes world that show all that was asked for."""
+        wanted = prompts(self.config.accuracy_prompts, split=split, objects=objects)
         uniforms = candidate_uniforms(0, range(len(wanted)), model.shape.image_length)
         _, images = self._draw(model, [p.text for p in wanted], uniforms)
         return Accuracy.of(judge(p, image) for p, image in zip(wanted, images, strict=True)).whole
