@@ -163,6 +163,17 @@ def test_an_eight_bit_product_is_the_product_of_its_rounded_factors(rows, inputs
     assert torch.equal(Int8Product(weight, bias)(x[:1]), found[:1])
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 5), (17, 3), (64, 192), (300, 40)])
+def test_every_way_to_an_eight_bit_product_gives_the_same_bits(monkeypatch, inputs, outputs):
+    g = tiny.seeded(inputs)
+    x, weight = torch.randn(9, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
+    product = Int8Product(weight, torch.randn(outputs, generator=g))
+    here = product(x)
+    monkeypatch.setattr("armchair.sample.engine.blocked_products", lambda: False)  # as where PyTorch lacks them
+    product.laid_out = None
+    assert torch.equal(product(x), here)
+
+
 def test_rows_of_zeros_are_no_trouble():
     product = pack(torch.zeros(3, 4), torch.tensor([1.0, 2.0, 3.0]), "int8")
     assert torch.equal(product(torch.zeros(2, 4)), torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3))

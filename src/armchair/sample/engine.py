@@ -29,6 +29,8 @@ from armchair.prior.transformer import Prior, PromptCache
 
 WEIGHTS = ("fp32", "bf16", "int8")
 INT8_MOST = 127
+ZERO = 128  # of eight bits without a sign
+NO_SHIFT = torch.zeros(1, dtype=torch.int64)  # eight bits with a sign have their zero at 0
 TINY = torch.tensor(1e-14)  # the step of zeros
 ATTENTION_ROWS = 8  # whose keys and values are written out in 32 bits together
 
@@ -42,13 +44,29 @@ def exact_products() -> bool:
     Processors from before VNNI take one factor without a sign, and may add pairs of products in 16 bits, which do not
     hold them.
     """
+    x, w, exact = _ends_of_the_range()
+    ways = (torch._int_mm(x, w.T), torch._int_mm(x, w.T.contiguous()), torch._int_mm(x[:1], w.T).expand(8, -1))
+    return all(torch.equal(way[:1].long(), exact[:1]) for way in ways) and torch.equal(ways[1].long(), exact)
+
+
+@functools.cache
+def blocked_products() -> bool:
+    """Whether PyTorch has the operators of `blocked_product` here, and they add up exactly."""
+    x, w, exact = _ends_of_the_range()
+    try:
+        found = blocked_product(x.float().add(ZERO).to(torch.uint8), blocked(w), torch.ones(len(w)))
+    except (AttributeError, NotImplementedError, RuntimeError):  # not built in, or not for this processor
+        return False
+    return torch.equal(found, exact.float())
+
+
+def _ends_of_the_range() -> tuple[Tensor, Tensor, Tensor]:
+    """int8 (8, 256) and (64, 256) of -127 and 127, and the product of the first with the second turned, (8, 64)."""
     ends = torch.tensor([-INT8_MOST, INT8_MOST], dtype=torch.int8)
     g = torch.Generator().manual_seed(0)
     x, w = (ends[torch.randint(2, (rows, 256), generator=g)] for rows in (8, 64))
     x[0], w[0], w[1] = INT8_MOST, INT8_MOST, -INT8_MOST
-    exact = x.long() @ w.long().T
-    ways = (torch._int_mm(x, w.T), torch._int_mm(x, w.T.contiguous()), torch._int_mm(x[:1], w.T).expand(8, -1))
-    return all(torch.equal(way[:1].long(), exact[:1]) for way in ways) and torch.equal(ways[1].long(), exact)
+    return x, w, x.long() @ w.long().T
 
 
 def default_weights() -> str:
@@ -56,10 +74,16 @@ def default_weights() -> str:
     return "int8" if exact_products() else "fp32"
 
 
-def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., C) float32 -> whole numbers from -127 to 127, int8 (..., C), and their step, (..., 1)."""
+def whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) float32 -> whole numbers from -127 to 127 (..., C), still float32, and their step, (..., 1)."""
     step = torch.add(TINY, x.abs().amax(-1, keepdim=True), alpha=1 / INT8_MOST)
-    return x.div(step).round_().to(torch.int8), step
+    return x.div(step).round_(), step
+
+
+def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) float32 -> the same whole numbers as int8, and their step, (..., 1)."""
+    whole, step = whole_numbers(x)
+    return whole.to(torch.int8), step
 
 
 def pack(weight: Tensor, bias: Tensor, weights: str) -> Product:
@@ -85,19 +109,38 @@ class Int8Product:
         self.codes, step = in_eight_bits(F.pad(weight, (0, int(self.narrow))))
         self.step, self.bias = step[:, 0], bias
         self.turned = self.codes.T  # (in, out), as it lies: the quickest for one row
-        self.columns: Tensor | None = None  # the same laid anew, which is read once for several rows
+        self.laid_out: Tensor | None = None  # the same for several rows
 
     def __call__(self, x: Tensor) -> Tensor:
-        small, step = in_eight_bits(x)
+        whole, step = whole_numbers(x)
         if self.narrow:
-            small = F.pad(small, (0, 1))
-        if len(x) == 1:
-            sums = torch._int_mm(small, self.turned)
+            whole = F.pad(whole, (0, 1))
+        if len(x) > 1 and blocked_products():
+            if self.laid_out is None:
+                self.laid_out = blocked(self.codes)
+            product = blocked_product(whole.add_(ZERO).to(torch.uint8), self.laid_out, self.step)
+        elif len(x) > 1:
+            if self.laid_out is None:
+                self.laid_out = self.turned.contiguous()
+            product = torch._int_mm(whole.to(torch.int8), self.laid_out) * self.step
         else:
-            if self.columns is None:
-                self.columns = self.codes.T.contiguous()
-            sums = torch._int_mm(small, self.columns)
-        return torch.addcmul(self.bias, sums * step, self.step)
+            product = torch._int_mm(whole.to(torch.int8), self.turned) * self.step
+        return torch.addcmul(self.bias, product, step)
+
+
+def blocked(codes: Tensor) -> Tensor:
+    """A matrix (out, in), int8, in the layout that `blocked_product` reads."""
+    return torch.ops.onednn.qlinear_prepack(codes, None)
+
+
+def blocked_product(x: Tensor, blocks: Tensor, step: Tensor) -> Tensor:
+    """x (R, in), uint8, less ZERO, times a `blocked` matrix turned, and each output by its step (out,): (R, out) float32.
+
+    With eight rows it takes 0.4 to 0.9 of the time of `torch._int_mm`, which finds its matrix as it happens to lie.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, ZERO, blocks, step, NO_SHIFT, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 class Layer(NamedTuple):
