@@ -48,10 +48,10 @@ def test_what_is_timed_is_the_whole_picture():
     with torch.inference_mode():
         seen = []
         engine = decoder(SMALL, prior(SMALL).eval())
-        step = engine.decode_step
-        engine.decode_step = lambda tokens, j, cache: seen.append((len(tokens), j)) or step(tokens, j, cache)
+        steps = engine.decode_steps
+        engine.decode_steps = lambda tokens, j, cache: seen.append((*tokens.shape, j)) or steps(tokens, j, cache)
         assert draw(Job(**{**vars(SMALL), "batch": 3}), engine)() == 9
-    assert seen == [(3, j) for j in range(8)]
+    assert seen == [(3, 1, j) for j in range(8)]
 
 
 def test_the_bound_counts_the_weights_that_a_token_needs():

@@ -118,13 +118,13 @@ def parts(job: Job, draws: Engine) -> dict[str, float]:
     draws.head = timed("head", draws.head)
     start = draws.start
 
-    def watched(prompts: Any) -> Any:
-        cache = start(prompts)
+    def watched(*args: Any) -> Any:
+        cache = start(*args)
         cache.attend = timed("attention", cache.attend)  # type: ignore[method-assign]
         cache.put = timed("keeping keys", cache.put)  # type: ignore[method-assign]
         return cache
 
-    draws.start = watched  # type: ignore[method-assign]
+    draws.start = watched  # type: ignore[method-assign, assignment]
     names = {name: getattr(generate, name) for name in ("probabilities", "pick", "plausible")}
     try:
         for name, function in names.items():

@@ -142,15 +142,16 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
+        return turned(grad, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same by the cosines and sines of the angles, without a gradient."""
     a, b = x.chunk(2, -1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first, second = out.chunk(2, -1)
@@ -163,14 +164,17 @@ class ImageKeys:
     """Where one layer keeps the keys of the image tokens while drawing, and which of them token j sees.
 
     A sparse layer keeps only what can still be seen: the last S+1 tokens for row, the last 5S+6 for
-    convolutional (both as a ring), all of them, column by column, for column.
+    convolutional (both as a ring), all of them, column by column, for column. With `everything` the first two keep all
+    as well, so that tokens may be put in ahead of their time and again as others; what a token sees then comes in the
+    order that the ring has it in, for the same sums.
     """
 
-    def __init__(self, pattern: str, grid: int):
+    def __init__(self, pattern: str, grid: int, everything: bool = False):
         check_pattern(pattern)
         self.pattern, self.grid = pattern, grid
         n = grid**2
-        self.size = {"row": min(n, grid + 1), "convolutional": min(n, CONV_REACH * (grid + 1) + 1)}.get(pattern, n)
+        self.ring = {"row": min(n, grid + 1), "convolutional": min(n, CONV_REACH * (grid + 1) + 1)}.get(pattern, n)
+        self.size = n if everything else self.ring
 
     def slot(self, j: int) -> int:
         """The slot that token j's key is written to."""
@@ -183,9 +187,11 @@ class ImageKeys:
         if self.pattern == "column":
             start = (j % self.grid) * self.grid
             return slice(start, start + j // self.grid + 1)
+        keys = torch.arange(max(0, j + 1 - self.ring), j + 1)
         if self.pattern == "convolutional":
-            keys = torch.arange(max(0, j + 1 - self.size), j + 1)
             keys = keys[sees(self.pattern, torch.tensor(j), keys, self.grid)]
-            if len(keys) < min(j + 1, self.size):
-                return keys % self.size
-        return slice(0, min(j + 1, self.size))
+        if len(keys) == j + 1:
+            return slice(0, j + 1)
+        if len(keys) == self.ring:
+            return slice(0, self.ring) if self.size == self.ring else keys[(keys % self.ring).argsort()]
+        return keys % self.size

@@ -335,9 +335,9 @@ class Prior(nn.Module):
             x = x + block.mlp(x)
         return PromptCache(keys, values, self.image_head(self.norm(x[:, -1])).float())
 
-    def start(self, prompts: PromptCache) -> DrawingCache:
-        """A cache for drawing the rows of `prompts` together."""
-        return DrawingCache(prompts, [ImageKeys(p, self.shape.grid) for p in self.config.patterns])
+    def start(self, prompts: PromptCache, ahead: bool = False) -> DrawingCache:
+        """A cache for drawing the rows of `prompts` together; with `ahead` it can be gone back in (`decode_steps`)."""
+        return DrawingCache(prompts, [ImageKeys(p, self.shape.grid, everything=ahead) for p in self.config.patterns])
 
     def decode_step(self, tokens: Tensor, j: int, cache: DrawingCache) -> Tensor:
         """Image token j of each row, (B,) -> logits of token j+1, (B, K) float32. 0 <= j < N-1."""
@@ -353,6 +353,13 @@ class Prior(nn.Module):
             x = x + block.attention.merge(F.scaled_dot_product_attention(q, k, v))
             x = x + block.mlp(x)
         return self.image_head(self.norm(x[:, 0])).float()
+
+    def decode_steps(self, tokens: Tensor, j: int, cache: DrawingCache) -> Tensor:
+        """Image tokens j to j+C-1 of each row, (B, C) -> logits of tokens j+1 to j+C, (B, C, K) float32.
+
+        For C > 1 the cache is one to go back in: tokens may be given again, others than before.
+        """
+        return torch.stack([self.decode_step(column, j + c, cache) for c, column in enumerate(tokens.T)], 1)
 
     def _embed_text(self, text_tokens: Tensor) -> Tensor:
         return self.text_embedding(text_input_ids(text_tokens, self.shape)) + self.text_position.weight

@@ -14,7 +14,7 @@ One token needs each weight once and little else, so drawing a few pictures is b
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from armchair.config import check_name
 from armchair.errors import RequestError
-from armchair.prior.attention import ImageKeys, turn
+from armchair.prior.attention import ImageKeys, turned
 from armchair.prior.sequence import StreamShape, text_input_ids
 from armchair.prior.transformer import Prior, PromptCache
 
 WEIGHTS = ("fp32", "bf16", "int8")
 INT8_MOST = 127
+BLOCKED_FROM = 2**20  # weights of a matrix
 ZERO = 128  # of eight bits without a sign
 NO_SHIFT = torch.zeros(1, dtype=torch.int64)  # eight bits with a sign have their zero at 0
 TINY = torch.tensor(1e-14)  # the step of zeros
@@ -45,8 +46,7 @@ def exact_products() -> bool:
     hold them.
     """
     x, w, exact = _ends_of_the_range()
-    ways = (torch._int_mm(x, w.T), torch._int_mm(x, w.T.contiguous()), torch._int_mm(x[:1], w.T).expand(8, -1))
-    return all(torch.equal(way[:1].long(), exact[:1]) for way in ways) and torch.equal(ways[1].long(), exact)
+    return torch.equal(torch._int_mm(x, w.T).long(), exact) and torch.equal(torch._int_mm(x[:1], w.T).long(), exact[:1])
 
 
 @functools.cache
@@ -108,23 +108,18 @@ class Int8Product:
         self.narrow = weight.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
         self.codes, step = in_eight_bits(F.pad(weight, (0, int(self.narrow))))
         self.step, self.bias = step[:, 0], bias
-        self.turned = self.codes.T  # (in, out), as it lies: the quickest for one row
-        self.laid_out: Tensor | None = None  # the same for several rows
+        self.laid_out: Tensor | None = None  # the same for several rows, where that is quicker
 
     def __call__(self, x: Tensor) -> Tensor:
         whole, step = whole_numbers(x)
         if self.narrow:
             whole = F.pad(whole, (0, 1))
-        if len(x) > 1 and blocked_products():
+        if len(x) > 1 and self.codes.numel() >= BLOCKED_FROM and blocked_products():
             if self.laid_out is None:
                 self.laid_out = blocked(self.codes)
             product = blocked_product(whole.add_(ZERO).to(torch.uint8), self.laid_out, self.step)
-        elif len(x) > 1:
-            if self.laid_out is None:
-                self.laid_out = self.turned.contiguous()
-            product = torch._int_mm(whole.to(torch.int8), self.laid_out) * self.step
         else:
-            product = torch._int_mm(whole.to(torch.int8), self.turned) * self.step
+            product = torch._int_mm(whole.to(torch.int8), self.codes.T) * self.step
         return torch.addcmul(self.bias, product, step)
 
 
@@ -134,9 +129,10 @@ def blocked(codes: Tensor) -> Tensor:
 
 
 def blocked_product(x: Tensor, blocks: Tensor, step: Tensor) -> Tensor:
-    """x (R, in), uint8, less ZERO, times a `blocked` matrix turned, and each output by its step (out,): (R, out) float32.
+    """x (R, in), uint8, less ZERO, times a `blocked` matrix turned, and each output by its step (out,): (R, out).
 
-    With eight rows it takes 0.4 to 0.9 of the time of `torch._int_mm`, which finds its matrix as it happens to lie.
+    With eight rows and a matrix of 512 x 2048 it takes 0.6 of the time of `torch._int_mm`, which finds the matrix as it
+    happens to lie; with a small one it takes longer, as it has more to prepare.
     """
     return torch.ops.onednn.qlinear_pointwise(
         x, 1.0, ZERO, blocks, step, NO_SHIFT, None, 1.0, 0, torch.float32, "none", [], ""
@@ -197,12 +193,12 @@ class Engine:
         self.code_embedding = prior.image_embedding.weight.detach()
         with torch.no_grad():
             self.positions = prior._positions()  # (N, D)
-        self.query_angles = prior.query_angles if self.config.rotary else None
-        self.key_angles = prior.key_angles if self.config.rotary else None
-        text = torch.arange(self.shape.text_length + 1)
-        stores = {pattern: ImageKeys(pattern, self.shape.grid) for pattern in set(self.config.patterns)}
-        self.stores = [stores[pattern] for pattern in self.config.patterns]
-        self.seen = {pattern: _lookup(store, text, self.shape) for pattern, store in stores.items()}
+        self.turns: tuple[Tensor, Tensor] | None = None
+        if self.config.rotary:
+            angles = torch.stack([prior.query_angles, prior.key_angles], 1)[:, None, :, None]  # (L, 1, 2, 1, E / 2)
+            self.turns = angles.cos(), angles.sin()
+        self.places = Places(self.config.patterns, self.shape, everything=False)
+        self.places_ahead = functools.cache(lambda: Places(self.config.patterns, self.shape, everything=True))
         self.independent_rows = self._rows_are_independent()
 
     # What drawing asks of a decoder, as in `Prior`.
@@ -225,24 +221,32 @@ class Engine:
             x = self._after_attention(layer, x, a.transpose(1, 2).reshape(rows * length, width))
         return PromptCache(keys, values, self._logits(x.view(rows, length, width)[:, -1]))
 
-    def start(self, prompts: PromptCache) -> "Cache":
-        """A cache for drawing the rows of `prompts` together."""
-        return Cache(prompts, self.stores, eight_bits=self.weights == "int8")
+    def start(self, prompts: PromptCache, ahead: bool = False) -> "Cache":
+        """A cache for drawing the rows of `prompts` together; with `ahead` it can be gone back in (`decode_steps`)."""
+        places = self.places_ahead() if ahead else self.places
+        return Cache(prompts, places, eight_bits=self.weights == "int8")
 
     def decode_step(self, tokens: Tensor, j: int, cache: "Cache") -> Tensor:
         """Image token j of each row, (R,) -> logits of token j+1, (R, K) float32. 0 <= j < N-1."""
-        x = F.embedding(tokens, self.code_embedding) + self.positions[j]
-        place = self.shape.text_length + 1 + j
-        for i, (layer, pattern, store) in enumerate(zip(self.layers, self.config.patterns, self.stores, strict=True)):
-            heads = self._heads(layer, x)
-            q, kept = heads[:, 0], heads[:, 1:]
-            if self.query_angles is not None and self.key_angles is not None:
-                q = turn(q[:, :, None], self.query_angles[place, None])[:, :, 0]
-                k = turn(kept[:, 0, :, None], self.key_angles[place, None])[:, :, 0]
-                kept = torch.stack([k, kept[:, 1]], 1)
-            cache.put(i, store.slot(j), kept)
-            x = self._after_attention(layer, x, cache.attend(i, q, self.seen[pattern][j]))
-        return self._logits(x)
+        return self.decode_steps(tokens[:, None], j, cache)[:, 0]
+
+    def decode_steps(self, tokens: Tensor, j: int, cache: "Cache") -> Tensor:
+        """Image tokens j to j+C-1 of each row, (R, C) -> logits of tokens j+1 to j+C, (R, C, K) float32.
+
+        All of them at once, each seeing those before it, with the same bits as one after the other where rows are
+        independent. For C > 1 the cache is one to go back in: tokens may be given again, others than before.
+        """
+        rows, count = tokens.shape
+        x = F.embedding(tokens, self.code_embedding) + self.positions[j : j + count]
+        x = x.transpose(0, 1).flatten(0, 1)  # (C R, D)
+        first = self.shape.text_length + 1 + j
+        for i, layer in enumerate(self.layers):
+            heads = self._heads(layer, x).unflatten(0, (count, rows))  # (C, R, 3, H, E)
+            if self.turns is not None:
+                heads[:, :, :2] = turned(heads[:, :, :2], *(turn[first : first + count] for turn in self.turns))
+            cache.put(i, j, heads[:, :, 1:])
+            x = self._after_attention(layer, x, cache.attend(i, j, heads[:, :, 0]))
+        return self._logits(x).unflatten(0, (count, rows)).transpose(0, 1)
 
     # The parts of a block, on rows (R, D).
 
@@ -261,25 +265,30 @@ class Engine:
 
     @torch.inference_mode()
     def _rows_are_independent(self) -> bool:
-        """Whether a row's logits and keys are the same bits alone as beside others, tried on a few steps of 1, 3 and 8.
+        """Whether a row's logits and keys are the same bits alone as beside others, and of steps one by one as at once.
 
-        Products of 32-bit weights are usually done otherwise for one row than for several; those of 8-bit ones row by
-        row. Which it is depends on the processor and on PyTorch.
+        Tried on a few steps of 1, 3 and 8 rows, and of 2 with three steps at once. Products of 32-bit weights are
+        usually done otherwise for one row than for several; those of 8-bit ones row by row. Which it is depends on the
+        processor and on PyTorch.
         """
         g = torch.Generator().manual_seed(0)
         text = torch.randint(self.shape.text_vocab_size, (1, self.shape.text_length), generator=g)
         prompt = self.prefill(text)
         last = self.shape.image_length - 2
-        steps = [j for j in sorted({0, last // 2, last}) if 0 <= j <= last]
+        steps = sorted({j for j in (0, last - 2, last - 1, last) if 0 <= j <= last})
         codes = torch.randint(self.shape.codebook_size, (8, len(steps)), generator=g)
 
-        def logits(rows: Tensor) -> list[Tensor]:
-            cache = self.start(prompt.rows(torch.zeros_like(rows)))
-            return [self.decode_step(codes[rows, i], j, cache) for i, j in enumerate(steps)]
+        def logits(rows: Tensor, ahead: int = 1) -> list[Tensor]:
+            """Those of each step, the last `ahead` of them at once."""
+            cache = self.start(prompt.rows(torch.zeros_like(rows)), ahead > 1)
+            singly = len(steps) - (ahead if ahead > 1 else 0)
+            found = [self.decode_step(codes[rows, i], steps[i], cache) for i in range(singly)]
+            found += self.decode_steps(codes[rows, singly:], steps[singly], cache).unbind(1) if ahead > 1 else []
+            return found
 
         whole = logits(torch.arange(8))
-        for start, end in ((0, 1), (5, 6), (2, 5)):
-            few = logits(torch.arange(start, end))
+        for start, end, ahead in ((0, 1, 1), (5, 6, 1), (2, 5, 1), (3, 5, min(3, last + 1))):
+            few = logits(torch.arange(start, end), ahead)
             if not all(torch.equal(a[start:end], b) for a, b in zip(whole, few, strict=True)):
                 return False
         return True
@@ -291,65 +300,90 @@ class Cache:
     In eight bits each key and value of a head has a step of its own, (2, R, H, T+1+size).
     """
 
-    def __init__(self, prompts: PromptCache, stores: list[ImageKeys], eight_bits: bool):
-        rows, heads, self.text_slots, size = prompts.keys[0].shape
+    def __init__(self, prompts: PromptCache, places: "Places", eight_bits: bool):
+        rows, heads, text_slots, size = prompts.keys[0].shape
+        self.places = places
         self.kept: list[Tensor] = []
         self.steps: list[Tensor] = []
-        for k, v, store in zip(prompts.keys, prompts.values, stores, strict=True):
+        for k, v, image_slots in zip(prompts.keys, prompts.values, places.sizes, strict=True):
             text = torch.stack([k, v])
             if eight_bits:
                 text, step = in_eight_bits(text)
-                self.steps.append(F.pad(step[..., 0], (0, store.size)))
-            self.kept.append(F.pad(text, (0, 0, 0, store.size)))
+                self.steps.append(F.pad(step[..., 0], (0, image_slots)))
+            self.kept.append(F.pad(text, (0, 0, 0, image_slots)))
         # The same memory by rows and heads together, as the products have it.
         self.flat_kept = [kept.flatten(1, 2) for kept in self.kept]
         self.flat_steps = [step.flatten(1, 2)[:, :, None] for step in self.steps]
-        most = self.text_slots + max(store.size for store in stores)
+        most = text_slots + max(places.sizes)
         block = min(rows, ATTENTION_ROWS) * heads
-        self.scratch = torch.empty(block * most * size if eight_bits else 0)
+        self.scratch = torch.empty(2, block * most * size if eight_bits else 0)
 
-    def put(self, layer: int, slot: int, kept: Tensor) -> None:
-        """Keep a key and a value of each row, (R, 2, H, E), in an image slot."""
-        slot += self.text_slots
+    def put(self, layer: int, j: int, kept: Tensor) -> None:
+        """Keep a key and a value of each row for image tokens j to j+C-1, (C, R, 2, H, E)."""
+        kept = kept.transpose(1, 2)  # (C, 2, R, H, E)
         if self.steps:
-            kept, step = in_eight_bits(kept)
-            self.steps[layer][..., slot] = step[..., 0].transpose(0, 1)
-        self.kept[layer][..., slot, :] = kept.transpose(0, 1)
-
-    def attend(self, layer: int, q: Tensor, visible: int | Tensor) -> Tensor:
-        """One scaled query a row, (R, H, E), over so many slots from the first on, or those given -> (R, H E).
-
-        By blocks of rows whose keys and values, written out in 32 bits, stay in the processor's cache.
-        """
-        rows, heads, size = q.shape
-        seen = slice(visible) if isinstance(visible, int) else visible
-        q = q.reshape(rows * heads, 1, size)
-        out = []
-        for start in range(0, len(q), ATTENTION_ROWS * heads):
-            block = slice(start, start + ATTENTION_ROWS * heads)
-            keys, values = self.flat_kept[layer][:, block, seen].unbind()
-            scores = torch.bmm(q[block], self._written_out(keys).transpose(1, 2))  # (R H, 1, M)
+            kept, steps = in_eight_bits(kept)
+        for c, slot in enumerate(self.places.slots[layer][j : j + len(kept)]):
+            self.kept[layer][..., slot, :] = kept[c]
             if self.steps:
-                key_steps, value_steps = self.flat_steps[layer][:, block, :, seen].unbind()
-                shares = scores.mul_(key_steps).softmax(-1).mul_(value_steps)
-            else:
-                shares = scores.softmax(-1)
-            out.append(torch.bmm(shares, self._written_out(values)))
-        return (out[0] if len(out) == 1 else torch.cat(out)).view(rows, heads * size)
+                self.steps[layer][..., slot] = steps[c, ..., 0]
 
-    def _written_out(self, kept: Tensor) -> Tensor:
-        """Keys or values of a block, (R H, M, E), in 32 bits, until the next are written out."""
-        return self.scratch[: kept.numel()].view(kept.shape).copy_(kept) if self.steps else kept
+    def attend(self, layer: int, j: int, q: Tensor) -> Tensor:
+        """One scaled query a row for each of image tokens j to j+C-1, (C, R, H, E), over what it sees -> (C R, H E).
+
+        By blocks of rows whose keys and values, written out in 32 bits, stay in the processor's cache. Each query is a
+        product of its own, of which several would be done otherwise than one.
+        """
+        count, rows, heads, size = q.shape
+        seen = self.places.seen[layer][j : j + count]
+        nested = count > 1 and all(isinstance(v, slice) for v in seen)  # the last sees all that the others see
+        q = q.reshape(count, rows * heads, 1, size)
+        out = torch.empty_like(q)
+        for start in range(0, rows * heads, ATTENTION_ROWS * heads):
+            block = slice(start, start + ATTENTION_ROWS * heads)
+            if nested:
+                kept = self.flat_kept[layer][:, block, seen[-1]]
+                all_keys, all_values = self._written_out(kept[0], 0), self._written_out(kept[1], 1)
+            for c, visible in enumerate(seen):
+                if nested:
+                    shares = self._shares(q[c, block], all_keys[:, visible], layer, block, visible)
+                    values = all_values[:, visible]
+                else:  # values take the place of the keys
+                    kept = self.flat_kept[layer][:, block, visible]
+                    shares = self._shares(q[c, block], self._written_out(kept[0], 0), layer, block, visible)
+                    values = self._written_out(kept[1], 0)
+                torch.bmm(shares, values, out=out[c, block])
+        return out.view(count * rows, heads * size)
+
+    def _shares(self, q: Tensor, keys: Tensor, layer: int, block: slice, visible: slice | Tensor) -> Tensor:
+        """What each value counts for, (R H, 1, M), its step included."""
+        scores = torch.bmm(q, keys.transpose(1, 2))
+        if not self.steps:
+            return scores.softmax(-1)
+        key_steps, value_steps = self.flat_steps[layer][:, block, :, visible].unbind()
+        return scores.mul_(key_steps).softmax(-1).mul_(value_steps)
+
+    def _written_out(self, kept: Tensor, place: int) -> Tensor:
+        """Keys or values of a block, (R H, M, E), in 32 bits, until the next are written out in that place."""
+        return self.scratch[place, : kept.numel()].view(kept.shape).copy_(kept) if self.steps else kept
 
 
-def _lookup(store: ImageKeys, text: Tensor, shape: StreamShape) -> list[int | Tensor]:
-    """For each image token the slots that it sees, text included: how many from the first on, or which."""
-    found: list[int | Tensor] = []
-    for j in range(shape.image_length):
-        visible = store.visible(j)
-        if isinstance(visible, slice) and visible.start == 0:
-            found.append(len(text) + visible.stop)
-        else:
-            slots = torch.arange(visible.start, visible.stop) if isinstance(visible, slice) else visible
-            found.append(torch.cat([text, len(text) + slots]))
-    return found
+class Places:
+    """Where each layer keeps what image tokens leave, and what they see; slots count from the text's first on."""
+
+    def __init__(self, patterns: Sequence[str], shape: StreamShape, everything: bool):
+        text = shape.text_length + 1
+        stores = {pattern: ImageKeys(pattern, shape.grid, everything) for pattern in set(patterns)}
+        tokens = range(shape.image_length)
+        slots = {p: [text + store.slot(j) for j in tokens] for p, store in stores.items()}
+        seen = {p: [_after_text(store.visible(j), text) for j in tokens] for p, store in stores.items()}
+        self.sizes = [stores[pattern].size for pattern in patterns]  # a layer, slots of image tokens
+        self.slots = [slots[pattern] for pattern in patterns]  # a layer and token
+        self.seen = [seen[pattern] for pattern in patterns]  # a layer and token; the text's among them
+
+
+def _after_text(visible: slice | Tensor, text: int) -> slice | Tensor:
+    if isinstance(visible, slice) and visible.start == 0:
+        return slice(0, text + visible.stop)
+    slots = torch.arange(visible.start, visible.stop) if isinstance(visible, slice) else visible
+    return torch.cat([torch.arange(text), text + slots])

@@ -5,8 +5,8 @@ Legend: B rows, N image tokens, T text length, M rows drawn together.
 Candidate c's token is a function of (weights, caption, settings, its own uniforms) and nothing else: not of how many
 are drawn, nor of who shares the batch. A matrix product can differ in its last bits with its number of rows, so what
 has no independent rows runs at exactly MICRO_BATCH of them (twice as many with guidance), filled up where there are
-fewer; the rows of an `Engine` are independent on most machines, and come as they are, AT_ONCE at most. Each caption is
-read alone.
+fewer; the rows of an `Engine` are independent on most machines, and come as they are, AT_ONCE at most, and one that
+comes alone is drawn by several tokens a step (`ahead`). Each caption is read alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from armchair.sample.next_token import Settings, guide, pick, plausible, probabi
 
 MICRO_BATCH = 8
 AT_ONCE = 16  # candidates; twice as many rows under guidance. More cost about as much a row, and memory
+AHEAD = 8  # codes that a picture which is drawn alone is given at once, all but the first of them guesses
 FREE = -1  # in `forced`: a token to draw
 
 
@@ -39,9 +40,11 @@ class Decoder(Protocol):
 
     def prefill(self, text_tokens: Tensor) -> PromptCache: ...
 
-    def start(self, prompts: PromptCache) -> Any: ...
+    def start(self, prompts: PromptCache, ahead: bool = False) -> Any: ...
 
     def decode_step(self, tokens: Tensor, j: int, cache: Any) -> Tensor: ...
+
+    def decode_steps(self, tokens: Tensor, j: int, cache: Any) -> Tensor: ...
 
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
@@ -66,34 +69,63 @@ def read_prompts(decoder: Decoder, text_tokens: Tensor) -> PromptCache:
 
 @torch.inference_mode()
 def draw_micro_batch(
-    decoder: Decoder, prompts: PromptCache, null: PromptCache, uniforms: Tensor, settings: Settings, forced: Tensor
+    decoder: Decoder,
+    prompts: PromptCache,
+    null: PromptCache,
+    uniforms: Tensor,
+    settings: Settings,
+    forced: Tensor,
+    ahead: int = 1,
 ) -> Iterator[Tensor]:
     """Draw M rows together; yields the codes (M, N) after each finished row of the grid (undrawn ones are 0).
 
     `prompts` holds the M rows' captions, `null` one empty caption; uniforms (M, N); forced (M, N) holds codes
-    that are given, FREE elsewhere.
+    that are given, FREE elsewhere. With `ahead` above 1 the decoder, whose rows have to be independent, is given up to
+    so many codes at once: the last that is known, and guesses of those after it. Each code is then picked by its own
+    uniform; those that are picked after right guesses are what would have been picked one by one, and the picks after
+    them are the next guesses (Jacobi decoding; Santilli et al., 2023; Teng et al., 2024, for pictures).
     """
     rows, length = uniforms.shape
+    grid = decoder.shape.grid
     guided = settings.guidance != 1
     if guided:
         empty = null.rows(torch.zeros(rows, dtype=torch.int64))
         both = zip(prompts.keys, empty.keys, strict=True), zip(prompts.values, empty.values, strict=True)
         keys, values = ([torch.cat(pair) for pair in pairs] for pairs in both)
         prompts = PromptCache(keys, values, torch.cat([prompts.logits, empty.logits]))
-    cache = decoder.start(prompts)
+    cache = decoder.start(prompts, ahead > 1)
     codes = torch.zeros(rows, length, dtype=torch.int64, device=prompts.logits.device)
-    logits = prompts.logits
-    for j in range(length):
-        conditional = logits[:rows]
-        step = guide(conditional, logits[rows:], settings.guidance) if guided else conditional
+    logits = prompts.logits[:, None]  # (R, C, K): of C tokens from `known` on
+    known, guessed, count = 0, 0, 1
+    while True:
+        places = slice(known, known + count)
+        conditional = logits[:rows].flatten(0, 1)
+        step = guide(conditional, logits[rows:].flatten(0, 1), settings.guidance) if guided else conditional
         step = plausible(step, conditional, settings.min_p)
-        drawn = pick(probabilities(step, settings), uniforms[:, j])
-        codes[:, j] = torch.where(forced[:, j] == FREE, drawn, forced[:, j])
-        if (j + 1) % decoder.shape.grid == 0:
-            yield codes
-        if j + 1 < length:
-            token = codes[:, j].repeat(2) if guided else codes[:, j]
-            logits = decoder.decode_step(token, j, cache)
+        drawn = pick(probabilities(step, settings), uniforms[:, places].flatten()).unflatten(0, (rows, -1))
+        drawn = torch.where(forced[:, places] == FREE, drawn, forced[:, places])
+        hits = _hits(drawn, codes[:, places]) if ahead > 1 else 0
+        codes[:, places] = drawn
+        right = min(hits + 1, count)
+        for end in range(known + 1, known + right + 1):
+            if end % grid == 0:
+                yield codes if ahead == 1 else codes.masked_fill(torch.arange(length) >= end, 0)
+        known += right
+        if known == length:
+            return
+        # Where guesses prove wrong, fewer are made, down to none; what would have been guessed may prove right.
+        count = min(ahead if hits else max(1, count // 2), length - known)
+        for j in range(max(known, guessed), known + count):
+            codes[:, j] = codes[:, j - grid if j >= grid else j - 1]  # the code above; in the first row the one before
+        guessed = max(guessed, known + count)
+        tokens = codes[:, known - 1 : known + count - 1]
+        logits = decoder.decode_steps(tokens.repeat(2, 1) if guided else tokens, known - 1, cache)
+
+
+def _hits(drawn: Tensor, guesses: Tensor) -> int:
+    """How many of the codes (M, C) were guessed right in every row, from the first on."""
+    wrong = (drawn != guesses).any(0).nonzero()
+    return int(wrong[0, 0]) if len(wrong) else drawn.shape[1]
 
 
 @torch.inference_mode()
@@ -124,7 +156,8 @@ def draw_codes(
         pick_rows = torch.arange(start, end).clamp(max=len(rows) - 1)  # filled up with copies of the last row
         caption = torch.tensor(rows)[pick_rows].to(device)
         stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
-        *_, codes = draw_micro_batch(decoder, prompts.rows(caption), null, stream, settings, kept)
+        ahead = AHEAD if len(caption) == 1 else 1
+        *_, codes = draw_micro_batch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead)
         done.append(codes[: len(rows) - start])
         if progress is not None:
             progress(min(start + size, len(rows)), len(rows))

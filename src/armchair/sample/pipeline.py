@@ -30,6 +30,7 @@ from armchair.prior.transformer import Prior, PriorConfig
 from armchair.runtime import pick_device
 from armchair.sample.engine import WEIGHTS, Engine, default_weights
 from armchair.sample.generate import (
+    AHEAD,
     FREE,
     MICRO_BATCH,
     Decoder,
@@ -477,7 +478,7 @@ class Artist:
         uniforms = candidate_uniforms(seed, [0], shape.image_length)[rows].to(self.device)
         forced = torch.full_like(uniforms, FREE, dtype=torch.int64)
         cell = self.resolution // self.grid
-        steps = draw_micro_batch(decoder, prompts, null, uniforms, settings, forced)
+        steps = draw_micro_batch(decoder, prompts, null, uniforms, settings, forced, AHEAD if len(rows) == 1 else 1)
         for finished, drawn in enumerate(steps, start=1):
             codes = drawn[:1].unflatten(1, (self.grid, self.grid))
             if finished < self.grid:
