@@ -12,14 +12,13 @@ from armchair.sample.engine import (
     WEIGHTS,
     Cache,
     Engine,
-    Int8Product,
     default_weights,
     exact_products,
-    in_eight_bits,
     pack,
 )
 from armchair.sample.generate import candidate_uniforms, draw_codes, draw_codes_uncached
 from armchair.sample.next_token import Settings
+from armchair.sample.weights import in_eight_bits
 
 STREAM = tiny.shape(grid=4, text_length=4, codebook=17)
 HERE = [weights for weights in WEIGHTS if weights != "int8" or exact_products()]
@@ -156,11 +155,12 @@ def test_an_eight_bit_product_is_the_product_of_its_rounded_factors(rows, inputs
     x, weight = scale * torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
     bias = torch.randn(outputs, generator=g)
     (a, a_step), (b, b_step) = in_eight_bits(x), in_eight_bits(weight)
+    product = pack(weight, bias, "int8")
     assert ((b * b_step) - weight).abs().max() <= b_step.max() / 2 + 1e-7
     expected = (a.double() * a_step.double()) @ (b.double() * b_step.double()).T + bias
-    found = Int8Product(weight, bias)(x)
+    found = product(x)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert torch.equal(Int8Product(weight, bias)(x[:1]), found[:1])
+    assert torch.equal(pack(weight, bias, "int8")(x[:1]), found[:1])
 
 
 def test_rows_of_zeros_are_no_trouble():
@@ -215,7 +215,7 @@ def test_sums_are_exact_at_the_ends_of_the_range():
     if not exact_products():
         pytest.skip("this processor adds up eight-bit products in 16 bits")
     assert default_weights() == "int8"
-    product = Int8Product(torch.full((3, 512), 127.0), torch.zeros(3))
+    product = pack(torch.full((3, 512), 127.0), torch.zeros(3), "int8")
     assert torch.equal(product(torch.full((2, 512), -1.0)), torch.full((2, 3), -127.0 * 512))
 
 
