@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from armchair.cli import main
+from armchair.sample.export import export_bundle
 from conftest import write_tiny_bundle
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -90,3 +93,19 @@ def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     for weights in set(quality.FORMS) - {"fp32"}:
         assert 0 < abs(results[weights]["rise_percent"]) < 2 and weights in said
+
+
+def test_cold_starts_of_bundles_are_timed_side_by_side(tmp_path, monkeypatch):
+    def run(command: list[str], **options: object) -> None:  # in this process, which has PyTorch already
+        assert command[1] == "-c" or main(command[3:]) == 0
+
+    monkeypatch.setattr("subprocess.run", run)
+    cold, models = benchmark("cold_start"), [str(write_tiny_bundle(tmp_path / "tiny")), str(tmp_path / "small.zip")]
+    export_bundle(models[0], tmp_path / "small.zip")
+    found = cold.measure(models, 1)["bundles"]
+    assert found[models[1]]["bytes"] == (tmp_path / "small.zip").stat().st_size
+    for key in ("start", "open", "draw"):
+        assert found[models[0]][key]["ratio"] == 1 and found[models[1]][key]["seconds"] > 0
+    seconds = cold.alternating({"short": lambda: None, "long": lambda: time.sleep(0.02)}, 3)
+    assert [len(s) for s in seconds.values()] == [3, 3]
+    assert cold.summary(seconds["long"], seconds["long"])["seconds"] >= 0.02

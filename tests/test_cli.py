@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import shutil
@@ -116,6 +117,10 @@ def test_overview_and_help(run: Run) -> None:
         (["train"], ["RECIPE"]),
         (["train", "x.yaml", "--stage", "rankr"], ["invalid choice"]),
         (["info", "nowhere"], ["'nowhere'"]),
+        (["export", "nowhere", "--out", "x"], ["--format"]),
+        (["export", "nowhere", "--format", "int8"], ["--out"]),
+        (["export", "nowhere", "--format", "int4", "--out", "x"], ["format", "'int4'", "'int8'"]),
+        (["export", "nowhere", "--format", "int8", "--out", "x"], ["'nowhere'"]),
     ],
 )
 def test_wrong_requests(run: Run, argv: list[str], words: list[str]) -> None:
@@ -221,6 +226,36 @@ def test_info(run: Run, tiny_bundle: Path) -> None:
     data = json.loads(run("info", tiny_bundle, "--json").out)
     assert data["name"] == "tiny" and data["parameters"]["prior"] > 10_000
     assert {"fingerprint", "metrics", "data", "card", "recipe"} <= set(data)
+
+
+def test_export(run: Run, recipe: Path, tiny_bundle: Path) -> None:
+    for out in ("small", "small.zip"):
+        export = ("export", tiny_bundle, "--format", "int8", "--out", out)
+        result = run(*export)
+        assert result.code == 0 and result.out == "" and f"-> {out}" in result.err
+        assert_refused(run(*export), f"{out} is there already", "--force")
+        assert run(*export, "--force").code == 0
+    before, now = (json.loads(run("info", path, "--json").out) for path in (tiny_bundle, "small"))
+    assert now["name"] == "tiny-int8" and now["exported"]["fingerprint"] == before["fingerprint"]
+    # Steps are no parameters, and what computed the vectors of codes is folded in.
+    assert now["parameters"]["prior"] < before["parameters"]["prior"]
+    assert f"int8 from tiny {before['fingerprint']}\n" in run("info", "small").out
+
+    drawn = []
+    for model, out in ((tiny_bundle, "a"), ("small", "b"), ("small.zip", "c")):
+        found = json.loads(run("draw", PROMPT, "--model", model, "-n", 2, "--json", "--out", out).out)
+        drawn.append([image["codes"] for image in found["images"]])
+    assert drawn[1] == drawn[2] and (drawn[0] == drawn[1] or default_weights() != "int8")
+    assert run("redraw", "b/a-red-circle-01.png").code == 0
+    assert_refused(run("export", "small", "--format", "int8", "--out", "x"), "exported already")
+    assert_refused(run("train", recipe, "--init", "small"), "exported in int8", f"tiny ({before['fingerprint'][:12]})")
+    assert not Path("runs").exists()
+
+
+def test_garbage_is_looked_for_again_after_drawing(draw: Run) -> None:
+    assert draw(PROMPT, "-n", 1).code == 0 and gc.isenabled()
+    assert_refused(draw(" "), "empty")
+    assert gc.isenabled()
 
 
 def test_build(run: Run, tmp_path: Path) -> None:

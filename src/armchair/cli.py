@@ -6,6 +6,7 @@ to stdout, everything that is for people to stderr; exit codes are in `armchair.
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -79,17 +80,35 @@ def _tell(error: Exception) -> int:
 # Drawing.
 
 
-def draw(args: argparse.Namespace) -> None:
-    from armchair.sample.pipeline import check_free, load_artist, target_paths
-    from armchair.sample.ranker import check_prompt
+@contextlib.contextmanager
+def _opening() -> Iterator[None]:
+    """While a command imports and opens what drawing needs, no garbage is looked for, of which there is hardly any.
 
-    out, count = Path(args.out), args.keep or args.candidates
-    for prompt in args.prompts:
-        check_prompt(prompt)
-    if len(args.prompts) > 1 and out.suffix.lower() == ".png" and not out.is_dir():
-        raise RequestError(f"--out {out} is one file for {len(args.prompts)} prompts; name a folder")
-    check_free([path for p in args.prompts for path in target_paths(out, p, count, args.grid)], args.force)
-    artist = load_artist(args.model, args.device, args.ranker, args.weights)
+    To look is to walk through all that the import of PyTorch made, several times until the first picture and once more
+    at the end; frozen, it is left out afterwards too.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+
+def draw(args: argparse.Namespace) -> None:
+    with _opening():
+        from armchair.sample.pipeline import check_free, load_artist, target_paths
+        from armchair.sample.ranker import check_prompt
+
+        out, count = Path(args.out), args.keep or args.candidates
+        for prompt in args.prompts:
+            check_prompt(prompt)
+        if len(args.prompts) > 1 and out.suffix.lower() == ".png" and not out.is_dir():
+            raise RequestError(f"--out {out} is one file for {len(args.prompts)} prompts; name a folder")
+        check_free([path for p in args.prompts for path in target_paths(out, p, count, args.grid)], args.force)
+        artist = load_artist(args.model, args.device, args.ranker, args.weights)
     results = []
     for prompt in args.prompts:
         began = time.perf_counter()
@@ -101,20 +120,21 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def complete(args: argparse.Namespace) -> None:
-    from PIL import Image
+    with _opening():
+        from PIL import Image
 
-    from armchair.image.pixels import BrokenSample, read_image
-    from armchair.sample.pipeline import check_free, load_artist, target_paths
-    from armchair.sample.ranker import check_prompt
+        from armchair.image.pixels import BrokenSample, read_image
+        from armchair.sample.pipeline import check_free, load_artist, target_paths
+        from armchair.sample.ranker import check_prompt
 
-    out = Path(args.out)
-    check_prompt(args.prompt)
-    try:
-        image = Image.fromarray(read_image(Path(args.image)))
-    except BrokenSample as broken:
-        raise RequestError(f"{args.image}: {broken.cause}; expected a PNG, JPEG or the like") from None
-    check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
-    artist = load_artist(args.model, args.device, args.ranker, args.weights)
+        out = Path(args.out)
+        check_prompt(args.prompt)
+        try:
+            image = Image.fromarray(read_image(Path(args.image)))
+        except BrokenSample as broken:
+            raise RequestError(f"{args.image}: {broken.cause}; expected a PNG, JPEG or the like") from None
+        check_free(target_paths(out, args.prompt, args.keep or args.candidates, args.grid), args.force)
+        artist = load_artist(args.model, args.device, args.ranker, args.weights)
     began = time.perf_counter()
     progress = _DrawingProgress(args.prompt)
     drawing = artist.complete(
@@ -126,12 +146,13 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def redraw(args: argparse.Namespace) -> None:
-    from armchair.sample.pipeline import check_free, redraw_png, target_paths
-    from armchair.sample.png import read_record
+    with _opening():
+        from armchair.sample.pipeline import check_free, redraw_png, target_paths
+        from armchair.sample.png import read_record
 
-    read_record(Path(args.image))  # a picture without one is refused before anything else
-    (target,) = target_paths(Path(args.out), f"{Path(args.image).stem} again", 1)
-    check_free([target], args.force)
+        read_record(Path(args.image))  # a picture without one is refused before anything else
+        (target,) = target_paths(Path(args.out), f"{Path(args.image).stem} again", 1)
+        check_free([target], args.force)
     began = time.perf_counter()
     drawing = redraw_png(args.image, args.device, args.model)
     result = _save(drawing, target, args, time.perf_counter() - began)
@@ -464,6 +485,14 @@ def import_openai_clip(args: argparse.Namespace) -> None:
     say(f"a ranker of {count / 1e6:.1f} M parameters -> {out}; armchair draw PROMPT --ranker {out} uses it")
 
 
+def export(args: argparse.Namespace) -> None:
+    from armchair.sample.export import export_bundle
+
+    out = Path(args.out)
+    export_bundle(args.bundle, out, args.format, force=args.force)
+    say(f"{args.bundle} in {args.format} -> {out}; armchair draw PROMPT --model {out} draws the same codes")
+
+
 def data_overlap(args: argparse.Namespace) -> None:
     from armchair.data.sources import DataConfig, open_source
     from armchair.eval.overlap import find_overlap
@@ -501,15 +530,21 @@ def data_overlap(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     from armchair.bundle import find_bundle, read_bundle
+    from armchair.sample.weights import exported
 
     bundle = read_bundle(find_bundle(args.model))
-    sizes = {part: sum(w.numel() for w in bundle.weights(part).values()) for part in bundle.parts}
+    sizes = {
+        part: sum(w.numel() for name, w in bundle.weights(part).items() if not name.endswith(".step"))
+        for part in bundle.parts
+    }
     known = {**bundle.info, "name": bundle.name, "fingerprint": bundle.fingerprint, "path": str(bundle.path)}
     if args.json:
         print_json({**known, "parameters": sizes, "card": bundle.card})
         return
     rows = {name: known[name] for name in ("name", "path", "fingerprint")}
     rows |= {part: f"{n / 1e6:.2f} M parameters" for part, n in sizes.items()}
+    if (origin := exported(bundle)) is not None:
+        rows["exported"] = f"{origin.format} from {origin.name} {origin.fingerprint}"
     print_rows(rows)
     print(f"\n{bundle.card.rstrip()}")  # metrics, data and licence are in it
 
@@ -773,6 +808,13 @@ def _import_clip_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace the bundle that is at DIR")
 
 
+def _export_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", metavar="BUNDLE", help="a bundle directory or .zip, a bundled name or a hub id")
+    p.add_argument("--format", required=True, metavar="F", help="int8: the prior's matrices have eight bits a weight")
+    p.add_argument("--out", required=True, metavar="DIR", help="the bundle to write, a directory or a .zip")
+    p.add_argument("--force", action="store_true", help="replace the bundle that is at DIR")
+
+
 BENCH_SIZES = ("text", "grid", "text_vocab", "codebook", "width", "depth", "heads", "threads")
 
 
@@ -907,6 +949,13 @@ COMMANDS = {
         "make a released CLIP's weights a ranker for one's own drawings",
         "armchair import openai-clip ViT-B-32.pt --out clip-b32\n"
         'armchair draw "a red apple" -n 64 --keep 4 --ranker clip-b32',
+    ),
+    "export": Command(
+        export,
+        _export_flags,
+        "write a bundle in a form that is smaller and opens sooner",
+        "armchair export emoji --format int8 --out emoji-int8\n"
+        'armchair draw "a red apple" --model emoji-int8',
     ),
     "info": Command(
         info,

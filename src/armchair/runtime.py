@@ -2,8 +2,11 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from armchair.errors import RequestError
 
@@ -22,6 +25,28 @@ def generator(*names: int | str, device: torch.device | str = "cpu") -> torch.Ge
     g = torch.Generator(device=device)
     g.manual_seed(stream_seed(*names))
     return g
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """While inside, models are made without their random start: for weights that are loaded at once, all of them.
+
+    Filling ten million numbers takes longer than reading them. The global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    fills = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.fills:  # the functions of `torch.nn.init` and the methods alike
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -336,6 +336,16 @@ def test_one_step_size_serves_every_width(matrix_scale):
     assert max(plain) > 2 * min(plain)
 
 
+def test_folding_leaves_the_model_as_it_was():
+    model = tiny.prior(tiny.shape(), "full", features=7)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    folded = model.folded()
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert not torch.equal(folded.image_head.weight, model.image_head.weight)
+
+
 def test_a_folded_model_is_the_same_model():
     stream = tiny.shape()
     model = tiny.prior(stream, "full", "row", features=7)

@@ -12,12 +12,10 @@ from armchair.sample.engine import (
     WEIGHTS,
     Cache,
     Engine,
-    Int8Product,
     Places,
     blocked_products,
     default_weights,
     exact_products,
-    in_eight_bits,
     pack,
 )
 from armchair.sample.generate import (
@@ -29,6 +27,7 @@ from armchair.sample.generate import (
     read_prompts,
 )
 from armchair.sample.next_token import Settings
+from armchair.sample.weights import in_eight_bits
 
 STREAM = tiny.shape(grid=4, text_length=4, codebook=17)
 HERE = [weights for weights in WEIGHTS if weights != "int8" or exact_products()]
@@ -237,11 +236,12 @@ def test_an_eight_bit_product_is_the_product_of_its_rounded_factors(rows, inputs
     x, weight = scale * torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
     bias = torch.randn(outputs, generator=g)
     (a, a_step), (b, b_step) = in_eight_bits(x), in_eight_bits(weight)
+    product = pack(weight, bias, "int8")
     assert ((b * b_step) - weight).abs().max() <= b_step.max() / 2 + 1e-7
     expected = (a.double() * a_step.double()) @ (b.double() * b_step.double()).T + bias
-    found = Int8Product(weight, bias)(x)
+    found = product(x)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert torch.equal(Int8Product(weight, bias)(x[:1]), found[:1])
+    assert torch.equal(pack(weight, bias, "int8")(x[:1]), found[:1])
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 5), (17, 3), (64, 192), (300, 40)])
@@ -250,7 +250,7 @@ def test_both_ways_to_an_eight_bit_product_give_the_same_bits(monkeypatch, input
         pytest.skip("this PyTorch has one way only")
     g = tiny.seeded(inputs)
     x, weight = torch.randn(9, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
-    product = Int8Product(weight, torch.randn(outputs, generator=g))
+    product = pack(weight, torch.randn(outputs, generator=g), "int8")
     small = product(x)
     monkeypatch.setattr("armchair.sample.engine.BLOCKED_FROM", 0)
     assert torch.equal(product(x), small) and product.laid_out is not None
@@ -307,7 +307,7 @@ def test_sums_are_exact_at_the_ends_of_the_range():
     if not exact_products():
         pytest.skip("this processor adds up eight-bit products in 16 bits")
     assert default_weights() == "int8"
-    product = Int8Product(torch.full((3, 512), 127.0), torch.zeros(3))
+    product = pack(torch.full((3, 512), 127.0), torch.zeros(3), "int8")
     assert torch.equal(product(torch.full((2, 512), -1.0)), torch.full((2, 3), -127.0 * 512))
 
 

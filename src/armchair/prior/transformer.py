@@ -168,6 +168,21 @@ class CodeVectors(nn.Module):
         return self.out(F.gelu(self.hidden(self.codebook)))
 
 
+def stream_angles(shape: StreamShape, size: int) -> tuple[Tensor, Tensor]:
+    """How far heads of `size` turn at each position: queries and keys, (L, E / 2) each.
+
+    A query stands where the code that it helps to predict will be, a key where its own code is; in the text, and at the
+    first code, nothing turns. Position T + j predicts code j and holds code j - 1.
+    """
+    angles, t = rotary_angles(shape.grid, size), shape.text_length
+    return F.pad(angles, (0, 0, t, 0)), F.pad(angles[:-1], (0, 0, t + 1, 0))
+
+
+def cell_positions(rows: Tensor, columns: Tensor) -> Tensor:
+    """The embeddings of rows and of columns, (S, D) each -> those of the codes, (N, D)."""
+    return (rows[:, None] + columns[None]).flatten(0, 1)
+
+
 class PromptCache:
     """What the layers remember of captions, (B, H, T+1, E) keys and values a layer, and the logits after them."""
 
@@ -233,12 +248,9 @@ class Prior(nn.Module):
         self.query_angles: Tensor
         self.key_angles: Tensor
         if config.rotary:
-            # A query stands where the code that it helps to predict will be, a key where its own code is; in the text,
-            # and at the first code, nothing turns. Position T + j predicts code j and holds code j - 1.
-            angles = rotary_angles(shape.grid, d // config.n_head)
-            t = shape.text_length
-            self.register_buffer("query_angles", F.pad(angles, (0, 0, t, 0)), persistent=False)
-            self.register_buffer("key_angles", F.pad(angles[:-1], (0, 0, t + 1, 0)), persistent=False)
+            query_angles, key_angles = stream_angles(shape, d // config.n_head)
+            self.register_buffer("query_angles", query_angles, persistent=False)
+            self.register_buffer("key_angles", key_angles, persistent=False)
         for pattern in set(config.patterns):
             mask = stream_mask(pattern, shape.text_length, shape.grid)
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
@@ -301,14 +313,18 @@ class Prior(nn.Module):
         return inputs + self.code_inputs(), outputs + self.code_outputs()
 
     def folded(self) -> "Prior":
-        """The same model with its codes' vectors written out, which is what draws; itself where nothing is to fold."""
+        """The same model with its codes' vectors written out, which is what draws; itself where nothing is to fold.
+
+        It has the other weights in common with this one.
+        """
         if not self.config.code_features:
             return self
-        plain = copy.deepcopy(self).requires_grad_(False)
+        shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.parameters()}
+        plain = copy.deepcopy(self, {**shared, **{id(b): b for b in self.buffers()}})
         with torch.no_grad():
             inputs, outputs = self._code_tables()
-            plain.image_embedding.weight.copy_(inputs)
-            plain.image_head.weight.copy_(outputs)
+        plain.image_embedding.weight = nn.Parameter(inputs, requires_grad=False)
+        plain.image_head.weight = nn.Parameter(outputs, requires_grad=False)
         plain.code_inputs = plain.code_outputs = None
         plain.config = replace(self.config, code_features=0)
         return plain
@@ -366,4 +382,4 @@ class Prior(nn.Module):
 
     def _positions(self) -> Tensor:
         """(N, D)"""
-        return (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)
+        return cell_positions(self.row_embedding.weight, self.column_embedding.weight)

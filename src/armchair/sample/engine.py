@@ -25,14 +25,13 @@ from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, turned
 from armchair.prior.sequence import StreamShape, text_input_ids
-from armchair.prior.transformer import Prior, PromptCache
+from armchair.prior.transformer import Prior, PromptCache, cell_positions, stream_angles
+from armchair.sample.weights import INT8_MOST, DrawingWeights, drawing_weights, in_eight_bits, whole_numbers
 
 WEIGHTS = ("fp32", "bf16", "int8")
-INT8_MOST = 127
 BLOCKED_FROM = 2**20  # weights of a matrix
 ZERO = 128  # of eight bits without a sign
 NO_SHIFT = torch.zeros(1, dtype=torch.int64)  # eight bits with a sign have their zero at 0
-TINY = torch.tensor(1e-14)  # the step of zeros
 ATTENTION_ROWS = 8  # whose keys and values are written out in 32 bits together
 
 Product = Callable[[Tensor], Tensor]  # (R, in) -> (R, out), float32
@@ -74,23 +73,18 @@ def default_weights() -> str:
     return "int8" if exact_products() else "fp32"
 
 
-def whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., C) float32 -> whole numbers from -127 to 127 (..., C), still float32, and their step, (..., 1)."""
-    step = torch.add(TINY, x.abs().amax(-1, keepdim=True), alpha=1 / INT8_MOST)
-    return x.div(step).round_(), step
+def pack(weight: Tensor, bias: Tensor, weights: str, step: Tensor | None = None) -> Product:
+    """The product x -> x W^T + b with the weight (out, in) in the form that `weights` names.
 
-
-def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., C) float32 -> the same whole numbers as int8, and their step, (..., 1)."""
-    whole, step = whole_numbers(x)
-    return whole.to(torch.int8), step
-
-
-def pack(weight: Tensor, bias: Tensor, weights: str) -> Product:
-    """The product x -> x W^T + b with the weight (out, in) in the form that `weights` names."""
-    weight, bias = weight.detach().float(), bias.detach().float()
+    With a `step`, (out,), the weight is whole numbers, in eight bits as `in_eight_bits` has them.
+    """
+    weight, bias = weight.detach(), bias.detach().float()
     if weights == "int8":
-        return Int8Product(weight, bias)
+        if step is None:
+            weight, steps = in_eight_bits(weight.float())
+            step = steps[:, 0]
+        return Int8Product(weight, step, bias)
+    weight = weight.float() if step is None else weight * step[:, None]
     if weights == "bf16":
         w, b = weight.bfloat16(), bias.bfloat16()
         return lambda x: F.linear(x.bfloat16(), w, b).float()
@@ -101,13 +95,14 @@ def pack(weight: Tensor, bias: Tensor, weights: str) -> Product:
 class Int8Product:
     """x W^T + b with both factors in eight bits: x with a scale a row, found as it comes, W with a scale an output.
 
-    The sums are of whole numbers, so they are exact, in whatever order and beside whatever other rows they are made.
+    W comes as whole numbers, (out, in), with their step, (out,), and stays where it lies, in a mapped file say. The
+    sums are of whole numbers, so they are exact, in whatever order and beside whatever other rows they are made.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor):
-        self.narrow = weight.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
-        self.codes, step = in_eight_bits(F.pad(weight, (0, int(self.narrow))))
-        self.step, self.bias = step[:, 0], bias
+    def __init__(self, codes: Tensor, step: Tensor, bias: Tensor):
+        self.narrow = codes.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
+        self.codes = F.pad(codes, (0, 1)) if self.narrow else codes
+        self.step, self.bias = step, bias
         self.laid_out: Tensor | None = None  # the same for several rows, where that is quicker
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -151,55 +146,55 @@ class Layer(NamedTuple):
 
 
 class Engine:
-    """A prior ready to draw on a CPU.
+    """A prior ready to draw on a CPU, from one in 32 bits or from weights that may have eight.
 
     Raises RequestError for `weights` that are none of WEIGHTS, and for `int8` where a processor cannot do it.
     """
 
-    def __init__(self, prior: Prior, weights: str = "fp32"):
+    def __init__(self, prior: Prior | DrawingWeights, weights: str = "fp32"):
         check_name("weights", weights, WEIGHTS)
         if weights == "int8" and not exact_products():
             raise RequestError("weights 'int8': this processor does not add up eight-bit products exactly; take fp32")
-        prior = prior.folded()
-        self.shape: StreamShape = prior.shape
-        self.config, self.weights = prior.config, weights
+        source = drawing_weights(prior) if isinstance(prior, Prior) else prior
+        tensors = source.tensors
+        self.shape: StreamShape = source.shape
+        self.config, self.weights = source.config, weights
 
-        def packed(linear: torch.nn.Linear) -> Product:
-            return pack(linear.weight, linear.bias, weights)
+        def packed(name: str) -> Product:
+            return pack(tensors[f"{name}.weight"], tensors[f"{name}.bias"], weights, tensors.get(f"{name}.step"))
 
-        def norm(layer: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
-            return layer.weight.detach(), layer.bias.detach()
-
-        def packed_qkv(linear: torch.nn.Linear) -> Product:
-            """With the queries' scale, the root of E, in the weights."""
-            width = linear.in_features
-            scale = torch.ones(3 * width).index_fill_(0, torch.arange(width), (width // self.config.n_head) ** -0.5)
-            return pack(linear.weight * scale[:, None], linear.bias * scale, weights)
+        def norm(name: str) -> tuple[Tensor, Tensor]:
+            return tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
 
         self.layers = [
             Layer(
-                norm(block.attention_norm),
-                packed_qkv(block.attention.qkv),
-                packed(block.attention.out),
-                norm(block.mlp_norm),
-                packed(block.mlp_in),
-                packed(block.mlp_out),
+                norm(f"blocks.{i}.attention_norm"),
+                packed(f"blocks.{i}.attention.qkv"),
+                packed(f"blocks.{i}.attention.out"),
+                norm(f"blocks.{i}.mlp_norm"),
+                packed(f"blocks.{i}.mlp_in"),
+                packed(f"blocks.{i}.mlp_out"),
             )
-            for block in prior.blocks
+            for i in range(self.config.n_layer)
         ]
-        self.norm, self.head = norm(prior.norm), packed(prior.image_head)
-        self.text_embedding = prior.text_embedding.weight.detach()
-        self.text_position = prior.text_position.weight.detach()
-        self.code_embedding = prior.image_embedding.weight.detach()
-        with torch.no_grad():
-            self.positions = prior._positions()  # (N, D)
+        self.norm, self.head = norm("norm"), packed("image_head")
+        # Tables may have 16 bits, and lie in a mapped file: of what is looked up, the sum with its position has 32.
+        self.text_embedding, self.code_embedding = tensors["text_embedding.weight"], tensors["image_embedding.weight"]
+        self.text_position = tensors["text_position.weight"].float()
+        rows, columns = (tensors[f"{name}_embedding.weight"].float() for name in ("row", "column"))
+        self.positions = cell_positions(rows, columns)  # (N, D)
         self.turns: tuple[Tensor, Tensor] | None = None
         if self.config.rotary:
-            angles = torch.stack([prior.query_angles, prior.key_angles], 1)[:, None, :, None]  # (L, 1, 2, 1, E / 2)
+            angles = torch.stack(stream_angles(self.shape, self.config.d_model // self.config.n_head), 1)
+            angles = angles[:, None, :, None]  # (L, 1, 2, 1, E / 2)
             self.turns = angles.cos(), angles.sin()
         self.places = Places(self.config.patterns, self.shape, everything=False)
-        self.places_ahead = functools.cache(lambda: Places(self.config.patterns, self.shape, everything=True))
         self.independent_rows = self._rows_are_independent()
+
+    @functools.cached_property
+    def places_ahead(self) -> "Places":
+        """`places` of a cache that can be gone back in."""
+        return Places(self.config.patterns, self.shape, everything=True)
 
     # What drawing asks of a decoder, as in `Prior`.
 
@@ -223,7 +218,7 @@ class Engine:
 
     def start(self, prompts: PromptCache, ahead: bool = False) -> "Cache":
         """A cache for drawing the rows of `prompts` together; with `ahead` it can be gone back in (`decode_steps`)."""
-        places = self.places_ahead() if ahead else self.places
+        places = self.places_ahead if ahead else self.places
         return Cache(prompts, places, eight_bits=self.weights == "int8")
 
     def decode_step(self, tokens: Tensor, j: int, cache: "Cache") -> Tensor:

@@ -5,6 +5,7 @@ Legend: R resolution, S grid side, N = S*S codes a picture, K codebook size, T t
 Needs torch, numpy, pillow, tokenizers and safetensors only: nothing of training or data is imported.
 """
 
+import functools
 import math
 import operator
 import os
@@ -52,6 +53,7 @@ from armchair.sample.ranker import (
     several,
     square_of,
 )
+from armchair.sample.weights import DrawingWeights, exported, prior_of, read_rounded
 from armchair.text.bpe import TextTokenizer
 
 MAX_CANDIDATES = 4096
@@ -164,7 +166,9 @@ class Drawing:
 
 
 class Artist:
-    """A bundle ready to draw. Weights are read from 16 bits; `weights` has the form that the prior draws with.
+    """A bundle ready to draw. Weights are read from 16 bits, or the prior's from eight where it was exported so.
+
+    `weights` has the form that the prior draws with.
 
     The same bundle, prompt, settings, weights and seed give the same codes and pixels on one machine, however many
     candidates are drawn: candidate c depends on (seed, c) and on nothing else.
@@ -193,7 +197,7 @@ class Artist:
             drawing = recipe["drawing"]  # an older bundle lacks the settings that came after it
             defaults = {f.name: drawing[f.name] for f in fields(Settings) if f.name in drawing}
             self.settings = from_dict(Settings, defaults, "recipe.drawing")
-            shape = StreamShape(
+            self.shape = shape = StreamShape(
                 text_vocab_size=operator.index(info["text_vocab_size"]),
                 text_length=operator.index(recipe["text_tokenizer"]["length"]),
                 codebook_size=image_config.codebook_size,
@@ -213,9 +217,11 @@ class Artist:
             )
         self.bundle, self.model, self.device = bundle, model, device
         self.image_tokenizer = load_part(lambda: DVAE(image_config), bundle, "image_tokenizer", device)
-        codebook = self.image_tokenizer.code_vectors
-        self.prior = load_part(lambda: Prior(prior_config, shape, codebook), bundle, "prior", device).folded()
-        self.ranker = open_ranker(bundle, device) if ranker is None and "ranker" in bundle.parts else ranker
+        self._prior_config = prior_config
+        self._eight_bits = None if exported(bundle) is None else _read_eight_bits(bundle, prior_config, shape)
+        if ranker is None and "ranker" in bundle.parts:
+            ranker = open_ranker(bundle, device, self.text_tokenizer)
+        self.ranker = ranker
         self.weights = weights or (default_weights() if device.type == "cpu" else "fp32")
         self._decoders: dict[str, Decoder] = {}
         self.decoder(self.weights)
@@ -231,8 +237,17 @@ class Artist:
             raise RequestError(f"weights {weights!r} are for a CPU, not on {self.device.type}; leave them out")
         if weights not in self._decoders:
             cpu = self.device.type == "cpu"
-            self._decoders[weights] = Engine(self.prior, weights) if cpu else self.prior
+            self._decoders[weights] = Engine(self._eight_bits or self.prior, weights) if cpu else self.prior
         return self._decoders[weights]
+
+    @functools.cached_property
+    def prior(self) -> Prior:
+        """The prior in 32 bits, its codes' vectors written out. Of eight bits it is made when it is first asked for."""
+        if self._eight_bits is not None:
+            return prior_of(self._eight_bits).to(self.device)
+        codebook = self.image_tokenizer.code_vectors
+        make = functools.partial(Prior, self._prior_config, self.shape, codebook)
+        return load_part(make, self.bundle, "prior", self.device).folded()
 
     @property
     def id(self) -> BundleId:
@@ -285,7 +300,7 @@ class Artist:
             check_prompt(prompt)
         tokens = torch.cat([self._tokens(prompt) for prompt in prompts])
         candidates = range(_whole("first", first, 0, MAX_SEED), first + len(prompts))
-        uniforms = candidate_uniforms(_whole("seed", seed, 0, MAX_SEED), candidates, self.prior.shape.image_length)
+        uniforms = candidate_uniforms(_whole("seed", seed, 0, MAX_SEED), candidates, self.shape.image_length)
         codes = draw_codes(self.decoder(), tokens, range(len(prompts)), uniforms, self.settings)
         return self._decode(codes.cpu().numpy())
 
@@ -449,9 +464,7 @@ class Artist:
         return from_dict(Settings, {**to_dict(self.settings), **given})
 
     def _tokens(self, prompt: str) -> Tensor:
-        return torch.from_numpy(self.text_tokenizer.encode([prompt], self.prior.shape.text_length)).to(
-            self.device
-        )
+        return torch.from_numpy(self.text_tokenizer.encode([prompt], self.shape.text_length)).to(self.device)
 
     def _draw(
         self,
@@ -463,7 +476,7 @@ class Artist:
         progress: Callable[[int, int], None] | None = None,
         weights: str | None = None,
     ) -> np.ndarray:
-        uniforms = candidate_uniforms(seed, candidates, self.prior.shape.image_length)
+        uniforms = candidate_uniforms(seed, candidates, self.shape.image_length)
         given = None if forced is None else torch.from_numpy(forced).flatten().expand(uniforms.shape)
         rows = [0] * len(candidates)
         decoder = self.decoder(weights)
@@ -471,7 +484,7 @@ class Artist:
         return codes.cpu().numpy()
 
     def _stream(self, prompt: str, seed: int, settings: Settings) -> Iterator[Image.Image | Drawing]:
-        shape, decoder = self.prior.shape, self.decoder()
+        shape, decoder = self.shape, self.decoder()
         rows = torch.zeros(1 if decoder.independent_rows else MICRO_BATCH, dtype=torch.int64)
         prompts = read_prompts(decoder, self._tokens(prompt)).rows(rows)
         null = read_prompts(decoder, null_text(1, shape, self.device))
@@ -605,6 +618,15 @@ def check_free(paths: Sequence[Path], force: bool) -> None:
             raise RequestError(f"cannot write {path}: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise RequestError(f"cannot write {path}: no permission to write in {folder}")
+
+
+def _read_eight_bits(bundle: Bundle, config: PriorConfig, shape: StreamShape) -> DrawingWeights:
+    """The prior of a bundle that was exported in eight bits; of a directory its file is mapped."""
+    stored = bundle.weights("prior")
+    try:
+        return read_rounded(stored, config, shape)
+    except RequestError as error:
+        raise BundleError(f"{bundle.path}: prior.safetensors does not fit the bundle's recipe: {error}") from None
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

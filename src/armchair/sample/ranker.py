@@ -18,10 +18,9 @@ from armchair.clip.model import CLIP, CLIPConfig, TextShape
 from armchair.config import from_dict
 from armchair.errors import BundleError, RequestError
 from armchair.image.pixels import BrokenSample, rgb, square, stack
-from armchair.runtime import pick_device
+from armchair.runtime import pick_device, unfilled
 from armchair.sample.generate import MICRO_BATCH
 from armchair.text.bpe import TextTokenizer
-from armchair.text.clip_bpe import ClipTextTokenizer
 
 MAX_PROMPT = 10_000  # characters; what is left over a model's tokens is cut anyway
 
@@ -73,8 +72,8 @@ def load_ranker(model: str | Path, device: str = "auto") -> Ranker:
     return open_ranker(read_bundle(find_bundle(str(model))), pick_device(device))
 
 
-def open_ranker(bundle: Bundle, device: torch.device) -> Ranker:
-    """The same for a bundle that is open."""
+def open_ranker(bundle: Bundle, device: torch.device, text_tokenizer: TextTokenizer | None = None) -> Ranker:
+    """The same for a bundle that is open, and perhaps its `text_tokenizer` too."""
     if "ranker" not in bundle.parts:
         raise BundleError(f"{bundle.path}: this bundle has no ranker")
     if bundle.text_tokenizer is None:
@@ -83,6 +82,8 @@ def open_ranker(bundle: Bundle, device: torch.device) -> Ranker:
     read_texts: Callable[[Sequence[str]], Tensor]
     try:
         if "ranker" in info:  # imported: the released models have a text tokenizer of their own
+            from armchair.text.clip_bpe import ClipTextTokenizer  # here alone, as few have such a ranker
+
             config = from_dict(CLIPConfig, info["ranker"], "ranker")
             clip_tokenizer = ClipTextTokenizer.from_json(bundle.text_tokenizer)
             length = _whole_field(info["text_length"])
@@ -92,7 +93,7 @@ def open_ranker(bundle: Bundle, device: torch.device) -> Ranker:
                 return torch.from_numpy(clip_tokenizer.encode(texts, length))
         else:
             config = from_dict(CLIPConfig, info["recipe"]["ranker"], "recipe.ranker")
-            tokenizer = TextTokenizer.from_json(bundle.text_tokenizer)
+            tokenizer = text_tokenizer or TextTokenizer.from_json(bundle.text_tokenizer)
             length = _whole_field(info["recipe"]["text_tokenizer"]["length"])
             shape = TextShape.of_captions(length, tokenizer.vocab_size)
 
@@ -109,7 +110,7 @@ def open_ranker(bundle: Bundle, device: torch.device) -> Ranker:
 def load_part(make: Callable[[], M], bundle: Bundle, part: str, device: torch.device) -> M:
     """The model that `make` builds, with the weights of a bundle's part. Raises BundleError where they do not fit."""
     weights = bundle.weights(part)
-    with torch.random.fork_rng(devices=[]):  # the random start, soon overwritten, leaves no trace outside
+    with unfilled():
         model = make()
     try:
         model.load_state_dict(weights)  # copies 16 bits into 32

@@ -38,6 +38,7 @@ from armchair.image.dvae import DVAE
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior
 from armchair.runtime import autocast, generator, stream_seed
+from armchair.sample.weights import exported
 from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints
 from armchair.train.image_tokenizer import (
@@ -295,7 +296,15 @@ def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
 
 
 def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
-    """The recipe with the bundle's model sizes: fine-tuning trains the bundle's own model on other data."""
+    """The recipe with the bundle's model sizes: fine-tuning trains the bundle's own model on other data.
+
+    Raises RequestError for a bundle that was exported: training starts from the weights, not from what rounding left.
+    """
+    if (origin := exported(bundle)) is not None:
+        raise RequestError(
+            f"{bundle.path} was exported in {origin.format}, for drawing; start from the bundle that it came from, "
+            f"{origin.name} ({origin.fingerprint[:12]})"
+        )
     base = from_dict(Recipe, bundle.info["recipe"])
     return replace(
         recipe,
