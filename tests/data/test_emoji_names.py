@@ -110,6 +110,7 @@ def test_captions():
     assert kind == "red apple, fruit" and tags in {" ".join(c) for c in itertools.combinations(apple.tags, 3)}
     assert caption_lines(apple, "twemoji", "flat style", "twemoji-00001")[-1] == tags
     assert len({caption_lines(apple, "twemoji", "flat style", str(i))[-1] for i in range(20)}) == 4
+    assert caption_lines(Meaning("red exclamation mark", ("!", "mark")), "twemoji", "flat style", "x")[-1] == "mark"
     assert caption_lines(Meaning("webcam"), "flat color icon", "flat style", "x") == [
         "webcam, flat color icon", "webcam", "webcam, flat style",
     ]  # fmt: skip

@@ -189,11 +189,12 @@ def caption_lines(meaning: Meaning, style: str, manner: str, key: str) -> list[s
     looks (`flat style`), the name and its kind, and some of its keywords: those that the hash of `key` picks, so that
     the same thing in other styles is spoken of in other words.
     """
-    picked = sorted(meaning.tags, key=lambda tag: hashlib.sha256(f"{key}/{tag}".encode()).digest())[:TAGS_TOLD]
+    tags = [tag for tag in meaning.tags if any(letter.isalnum() for letter in tag)]  # not `?` nor `✓`
+    picked = sorted(tags, key=lambda tag: hashlib.sha256(f"{key}/{tag}".encode()).digest())[:TAGS_TOLD]
     kind = meaning.subgroup or meaning.group
     lines = [f"{meaning.label}, {style}", meaning.label, f"{meaning.label}, {manner}"]
     if kind:
         lines.append(f"{meaning.label}, {kind}")
     if picked:
-        lines.append(" ".join(tag for tag in meaning.tags if tag in picked))
+        lines.append(" ".join(tag for tag in tags if tag in picked))
     return list(dict.fromkeys(line.lower() for line in lines))
