@@ -11,6 +11,7 @@ import pytest
 
 from armchair import cli
 from armchair.config import to_dict
+from armchair.data.emoji import CAPTIONS, PACKAGES
 from armchair.train.recipe import FitConfig, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +124,17 @@ def expected() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("section", expected())
 def test_every_recipe_field_is_documented_with_its_default(section):
     assert tables().get(section) == expected()[section]
+
+
+def test_every_package_of_the_emoji_set_is_credited():
+    text = (ROOT / "docs/emoji.md").read_text(encoding="utf-8")
+    notice = " ".join((ROOT / "NOTICE").read_text(encoding="utf-8").split())
+    recipe = (ROOT / "recipes/emoji.yaml").read_text(encoding="utf-8")
+    for package in (*PACKAGES, CAPTIONS):
+        assert f"`{package.name}` {package.version} | {package.licence} | {package.credit} |" in text
+        assert package.licence in recipe
+    for package in PACKAGES:
+        looks = package.manner.removesuffix(" style")
+        assert f"| {package.style} | {looks} | `{package.name}`" in text
+        name, _, holder = package.credit.partition(", ")
+        assert name.split(" (")[0] in notice and holder in notice

@@ -321,14 +321,44 @@ def _first_interrupt_asks() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+BUILDERS = {"shapes": ("count", "seed", "split"), "emoji": ("cache", "size", "workers")}  # sets, and their own flags
+
+
 def data_build(args: argparse.Namespace) -> None:
+    if args.name not in BUILDERS:
+        raise RequestError(f"unknown set {args.name!r}: {nearest(args.name, BUILDERS)}")
+    for name, flags in BUILDERS.items():
+        for flag in flags:
+            if name != args.name and getattr(args, flag) is not None:
+                raise RequestError(f"--{flag} is for the set {name}, not for {args.name}")
+    (_build_shapes if args.name == "shapes" else _build_emoji)(args)
+
+
+def _build_emoji(args: argparse.Namespace) -> None:
+    from armchair.data.emoji import SIZE, build_emoji
+
+    began = time.perf_counter()
+    found = build_emoji(
+        Path(args.out),
+        size=args.size or SIZE,
+        cache=None if args.cache is None else Path(args.cache),
+        workers=args.workers,
+        force=args.force,
+        say=lambda text: say(f"{time.perf_counter() - began:5.0f} s  {text}"),
+    )
+    left_out = {**found["left_out"], "broken": len(found["left_out"]["broken"])}
+    counts = ", ".join(f"{n} {split}" for split, n in found["images"].items())
+    say(f"left out: {', '.join(f'{n} {cause}' for cause, n in left_out.items())}")
+    say(f"{counts} captioned images -> {args.out}; its LICENCES.md says whose they are")
+
+
+def _build_shapes(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from armchair.shapes.world import ShapesSource
 
-    if args.name != "shapes":
-        raise RequestError(f"unknown set {args.name!r}: {nearest(args.name, ['shapes'])}")
-    source = ShapesSource(args.count, seed=args.seed, split=args.split)
+    count = 20_000 if args.count is None else args.count
+    source = ShapesSource(count, seed=args.seed or 0, split=args.split or "train")
     out = Path(os.path.realpath(args.out))
     _check_buildable(out, args.force)
     partial, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{state}") for state in ("partial", "old"))
@@ -698,13 +728,20 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _build_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("name", metavar="NAME", help="shapes: flat shapes with exact captions")
     p.add_argument(
-        "--out", required=True, metavar="DIR", help="a new folder, NAME.png and NAME.txt a picture"
+        "name",
+        metavar="NAME",
+        help="shapes: flat shapes with exact captions; emoji: icons in nine styles, fetched with npm",
     )
-    p.add_argument("--count", type=_whole(1), default=20_000, metavar="N", help="pictures (default: 20000)")
-    p.add_argument("--seed", type=_whole(0), default=0, help="default: 0")
-    p.add_argument("--split", default="train", help="train (default), val, held-form-colour, …")
+    p.add_argument(
+        "--out", required=True, metavar="DIR", help="a folder: NAME.png and NAME.txt a picture, or .tar shards of emoji"
+    )
+    p.add_argument("--count", type=_whole(1), metavar="N", help="shapes: pictures (default: 20000)")
+    p.add_argument("--seed", type=_whole(0), help="shapes: default: 0")
+    p.add_argument("--split", help="shapes: train (default), val, held-form-colour, …")
+    p.add_argument("--size", type=_whole(8, 512), metavar="N", help="emoji: pixels on a side (default: 128)")
+    p.add_argument("--cache", metavar="DIR", help="emoji: where packages are kept (default: in the folder --out)")
+    p.add_argument("--workers", type=_whole(1), metavar="N", help="emoji: processes that draw (default: one a core)")
     p.add_argument("--force", action="store_true", help="replace the set that is in DIR")
 
 
@@ -910,8 +947,8 @@ COMMANDS = {
     "data build": Command(
         data_build,
         _build_flags,
-        "write a built-in set as a folder of captioned images",
-        "armchair data build shapes --out my-shapes/ --count 1000",
+        "write a built-in set of captioned images",
+        "armchair data build shapes --out my-shapes/ --count 1000\narmchair data build emoji --out emoji/",
     ),
     "data inspect": Command(
         data_inspect,
