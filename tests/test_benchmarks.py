@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from armchair.cli import main
+from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
 from conftest import write_tiny_bundle
 
@@ -93,6 +94,20 @@ def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     for weights in set(quality.FORMS) - {"fp32"}:
         assert 0 < abs(results[weights]["rise_percent"]) < 2 and weights in said
+
+
+def test_steps_are_counted_looking_ahead_and_not(tmp_path, capsys, monkeypatch):
+    if not exact_products():
+        pytest.skip("this processor does not add up eight-bit products exactly")
+    bundle, found = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "found.json"
+    monkeypatch.setattr(
+        "sys.argv", ["", str(bundle), "--pictures", "3", "--ahead", "4", "30", "--json", str(found)]
+    )
+    benchmark("looking_ahead").main()
+    one, *several = json.loads(found.read_text())
+    assert one["steps"] == one["codes"] - 1 and one["times as fast"] == 1
+    assert [row["ahead"] for row in several] == [4, 30] and all(0 < row["steps"] <= one["steps"] for row in several)
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_cold_starts_of_bundles_are_timed_side_by_side(tmp_path, monkeypatch):

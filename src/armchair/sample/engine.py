@@ -274,8 +274,8 @@ class Engine:
         codes = torch.randint(self.shape.codebook_size, (8, len(steps)), generator=g)
 
         def logits(rows: Tensor, ahead: int = 1) -> list[Tensor]:
-            """Those of each step, the last `ahead` of them at once."""
-            cache = self.start(prompt.rows(torch.zeros_like(rows)), ahead > 1)
+            """Those of each step, the last `ahead` of them at once; what was skipped counts as zeros."""
+            cache = self.start(prompt.rows(torch.zeros_like(rows)), ahead=True)
             singly = len(steps) - (ahead if ahead > 1 else 0)
             found = [self.decode_step(codes[rows, i], steps[i], cache) for i in range(singly)]
             found += self.decode_steps(codes[rows, singly:], steps[singly], cache).unbind(1) if ahead > 1 else []
