@@ -1,6 +1,7 @@
 """How well a shapes bundle's ranker tells captions apart, and what picking the best of N is worth.
 
     python benchmarks/shapes_ranker.py runs/shapes/bundle --json ranker.json
+    python benchmarks/shapes_ranker.py runs/shapes/bundle --best-of-only --temperature 1
 
 - retrieval: a rendered scene's own prompt among 100 prompts of other scenes that are false of it (those that happen to
   be true of it too are passed over): share that comes first, among the first 5, among the first 10.
@@ -33,6 +34,7 @@ SPLITS = ("val", "held-form-colour", "held-relation-form", "held-count")
 ATTRIBUTES = NearMisses([FORMS, tuple(COLOURS), SIZES, FILLS])
 SIDES = NearMisses([("left of", "right of"), ("above", "below")])
 DISTRACTORS = 100
+DRAWING = ("temperature", "min_p", "guidance")
 
 
 def retrieval(ranker: Ranker, split: str, count: int) -> dict:
@@ -60,11 +62,11 @@ def swapped(ranker: Ranker, split: str, count: int, misses: NearMisses, every: b
     return {"pairs": len(told), "told": share(int(told.sum()), len(told))}
 
 
-def best_of(artist: Artist, split: str, objects: int, count: int, most: int) -> dict:
+def best_of(artist: Artist, split: str, objects: int, count: int, most: int, settings: dict) -> dict:
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= most]
     right, possible = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
     for i, prompt in enumerate(prompts(count, split=split, objects=objects)):
-        drawing = artist.draw(prompt.text, candidates=most, seed=i)
+        drawing = artist.draw(prompt.text, candidates=most, seed=i, **settings)
         whole = {c: judge(prompt, image).whole for c, image in zip(drawing.candidates, drawing.images, strict=True)}
         for n in sizes:
             among = [c for c in drawing.candidates if c < n]  # best first
@@ -97,22 +99,28 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=500, help="of each split, for retrieval and swaps")
     parser.add_argument("--prompts", type=int, default=100, help="for best of N; 0: leave it out")
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
+    for name in DRAWING:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")
+    parser.add_argument("--best-of-only", action="store_true", help="leave retrieval and swaps out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     artist = load_artist(args.model)
     if (ranker := artist.ranker) is None:
         parser.error(f"{args.model} has no ranker")
+    settings = {name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None}
     jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in SPLITS}
     for split in SPLITS:
         if 2 in COUNTS[split]:
             jobs[f"swapped {split}"] = lambda s=split: swapped(ranker, s, args.pictures, ATTRIBUTES, True)
             jobs[f"turned {split}"] = lambda s=split: swapped(ranker, s, args.pictures, SIDES, False)
+    if args.best_of_only:
+        jobs.clear()
     if args.prompts:
         for split, objects in (("val", 2), ("held-form-colour", 1), ("held-form-colour", 2), ("held-relation-form", 2)):
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
-                artist, s, o, args.prompts, args.most
+                artist, s, o, args.prompts, args.most, settings
             )
-    results: dict = {"bundle": artist.bundle.fingerprint}
+    results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings}
     for name, job in jobs.items():
         began = time.time()
         results[name] = job()
