@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from armchair.prior.sequence import null_text
-from armchair.sample.generate import AHEAD, FREE, candidate_uniforms, draw_micro_batch, read_prompts
+from armchair.sample.generate import AHEAD, FREE, MicroBatch, candidate_uniforms, draw_micro_batch, read_prompts
 from armchair.sample.pipeline import Artist, load_artist
 
 
@@ -41,8 +41,10 @@ def measure(artist: Artist, prompts: list[str], pictures: int, aheads: list[int]
         forced = torch.full(uniforms.shape, FREE)
         prompt = read_prompts(decoder, artist._tokens(prompts[i % len(prompts)]))
         passes, began = 0, time.perf_counter()
-        *_, codes = draw_micro_batch(decoder, prompt, null, uniforms, artist.settings, forced, ahead)
-        return codes, passes, time.perf_counter() - began
+        batch = MicroBatch(decoder, prompt, null, uniforms, artist.settings, forced, ahead)
+        for _ in draw_micro_batch(decoder, batch):
+            pass
+        return batch.codes, passes, time.perf_counter() - began
 
     decoder.decode_steps = counted  # type: ignore[method-assign]
     try:

@@ -20,6 +20,7 @@ from armchair.sample.engine import (
 )
 from armchair.sample.generate import (
     FREE,
+    MicroBatch,
     candidate_uniforms,
     draw_codes,
     draw_codes_uncached,
@@ -164,8 +165,7 @@ def test_looking_ahead_draws_the_same_codes(patterns, grid, rows, ahead, chosen,
     prompts, null = read_prompts(engine, tiny.texts(rows, stream)), read_prompts(engine, null_text(1, stream))
 
     def parts(ahead):
-        steps = draw_micro_batch(engine, prompts, null, uniforms, chosen, forced, ahead)
-        return [codes.clone() for codes in steps]
+        return list(draw_micro_batch(engine, MicroBatch(engine, prompts, null, uniforms, chosen, forced, ahead)))
 
     one_by_one, several = parts(1), parts(ahead)
     assert len(several) == grid and all(map(torch.equal, several, one_by_one))
@@ -196,6 +196,82 @@ def test_looking_ahead_in_vain_is_given_up(monkeypatch):
     codes = draw_codes(engine, tiny.texts(1, STREAM), [0], candidate_uniforms(0, [0], 16), Settings(temperature=0.0))
     assert codes.flatten().tolist()[1:] == list(range(1, 16))
     assert passes.count(1) > 8
+
+
+@settings(max_examples=20)
+@given(
+    patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=2),
+    ahead=st.sampled_from([1, 4]),
+    chosen=st.sampled_from([Settings(), Settings(guidance=2.0, min_p=0.1)]),
+    first=st.integers(0, 16),
+    until=st.integers(0, 16),
+    most=st.sampled_from([1, 7, 1024]),
+    seed=st.integers(0, 99),
+)
+def test_going_on_from_given_codes_draws_the_same(patterns, ahead, chosen, first, until, most, seed):
+    """However many are given at the start, in however many passes; and drawing may end early."""
+    engine = Engine(tiny.prior(STREAM, *patterns, width=64, seed=seed), HERE[-1])
+    uniforms = candidate_uniforms(seed, range(2), 16)
+    prompts, null = read_prompts(engine, tiny.texts(2, STREAM)), read_prompts(engine, null_text(1, STREAM))
+    free = torch.full((2, 16), FREE)
+
+    def batch(forced, **more):
+        made = MicroBatch(engine, prompts, null, uniforms, chosen, forced, **more)
+        list(draw_micro_batch(engine, made))
+        return made
+
+    whole = batch(free).codes
+    part = batch(free, ahead=ahead, until=max(first, until))
+    assert part.known == max(first, until) and torch.equal(part.codes[:, : part.known], whole[:, : part.known])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("armchair.sample.generate.TOGETHER", most)
+        again = batch(torch.where(torch.arange(16) < first, whole, free), ahead=ahead)
+    assert torch.equal(again.codes, whole)
+
+
+def test_given_codes_go_through_together():
+    engine = Engine(tiny.prior(STREAM, "full", seed=3), HERE[-1])
+    if not engine.independent_rows:
+        pytest.skip("rows go one token at a time here")
+    prompts, null = read_prompts(engine, tiny.texts(1, STREAM)), read_prompts(engine, null_text(1, STREAM))
+    forced = torch.where(torch.arange(16) < 12, 5, FREE)[None]
+    batch = MicroBatch(engine, prompts, null, candidate_uniforms(0, [0], 16), Settings(), forced)
+    assert batch.step().tokens.tolist() == [[5] * 12] and batch.step().j == 0
+
+
+@settings(max_examples=15)
+@given(data=st.data(), rotary=st.booleans(), seed=st.integers(0, 99))
+def test_batches_that_go_together_draw_what_each_draws_alone(data, rotary, seed):
+    """Begun at any time, of any size, with any settings, looking ahead or not."""
+    engine = Engine(tiny.prior(STREAM, "full", "convolutional", width=64, rotary=rotary, seed=seed), HERE[-1])
+    if not engine.independent_rows:
+        pytest.skip("rows depend on their neighbours here")
+    null = read_prompts(engine, null_text(1, STREAM))
+
+    def begin(rows, chosen, ahead):
+        uniforms, free = candidate_uniforms(seed, range(rows), 16), torch.full((rows, 16), FREE)
+        prompts = read_prompts(engine, tiny.texts(rows, STREAM))
+        return MicroBatch(engine, prompts, null, uniforms, chosen, free, ahead)
+
+    guided = Settings(guidance=2.0, min_p=0.1)
+    kinds = st.tuples(st.integers(1, 40), st.sampled_from([Settings(), guided]), st.sampled_from([1, 4]))
+    asked = data.draw(st.lists(st.tuples(kinds, st.integers(0, 12)), min_size=2, max_size=4))
+    begun, turn = {}, 0
+    while len(begun) < len(asked) or not all(batch.done for batch in begun.values()):
+        for i, (kind, when) in enumerate(asked):
+            if when == turn:
+                begun[i] = begin(*kind)
+        active = [batch for batch in begun.values() if not batch.done]
+        if active:
+            with torch.inference_mode():
+                answers = engine.decode_together([batch.step() for batch in active])
+            for batch, logits in zip(active, answers, strict=True):
+                batch.take(logits)
+        turn += 1
+    for i, (kind, _) in enumerate(asked):
+        alone = begin(*kind)
+        list(draw_micro_batch(engine, alone))
+        assert torch.equal(begun[i].codes, alone.codes)
 
 
 def test_rows_that_depend_on_their_neighbours_are_drawn_by_batches_of_one_size(monkeypatch):

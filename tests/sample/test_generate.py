@@ -11,6 +11,7 @@ from armchair.prior.transformer import Prior
 from armchair.sample.generate import (
     FREE,
     MICRO_BATCH,
+    MicroBatch,
     candidate_uniforms,
     draw_codes,
     draw_codes_uncached,
@@ -185,9 +186,8 @@ def test_each_finished_row_is_shown(model):
     null = read_prompts(model, null_text(1, STREAM))
     uniforms = candidate_uniforms(0, range(MICRO_BATCH), 16)
     forced = torch.full((MICRO_BATCH, 16), FREE)
-    shown = [
-        c.clone() for c in draw_micro_batch(model, prompts, null, uniforms, Settings(guidance=2.0), forced)
-    ]
+    batch = MicroBatch(model, prompts, null, uniforms, Settings(guidance=2.0), forced)
+    shown = list(draw_micro_batch(model, batch))
     assert len(shown) == 4
     for row, codes in enumerate(shown):
         done = 4 * (row + 1)

@@ -16,7 +16,7 @@ from armchair.prior.sequence import StreamShape, stream_loss
 from armchair.prior.transformer import Prior, PriorConfig
 from armchair.runtime import autocast
 from armchair.sample.engine import Engine
-from armchair.sample.generate import FREE, Decoder, candidate_uniforms, draw_micro_batch, read_prompts
+from armchair.sample.generate import FREE, Decoder, MicroBatch, candidate_uniforms, draw_micro_batch, read_prompts
 from armchair.sample.next_token import Settings
 
 
@@ -49,7 +49,8 @@ def draw(job: Job, draws: Decoder) -> Callable[[], int]:
 
     def run() -> int:
         prompts = read_prompts(draws, text)
-        for _ in draw_micro_batch(draws, prompts.rows(rows), prompts, uniforms, Settings(), forced):
+        batch = MicroBatch(draws, prompts.rows(rows), prompts, uniforms, Settings(), forced)
+        for _ in draw_micro_batch(draws, batch):
             pass
         return job.image
 

@@ -377,6 +377,10 @@ class Prior(nn.Module):
         """
         return torch.stack([self.decode_step(column, j + c, cache) for c, column in enumerate(tokens.T)], 1)
 
+    def decode_together(self, steps: Sequence[tuple[Tensor, int, DrawingCache]]) -> list[Tensor]:
+        """`decode_steps` of several caches, one after the other, as the products of one would differ beside others."""
+        return [self.decode_steps(*step) for step in steps]
+
     def _embed_text(self, text_tokens: Tensor) -> Tensor:
         return self.text_embedding(text_input_ids(text_tokens, self.shape)) + self.text_position.weight
 

@@ -231,17 +231,37 @@ class Engine:
         All of them at once, each seeing those before it, with the same bits as one after the other where rows are
         independent. For C > 1 the cache is one to go back in: tokens may be given again, others than before.
         """
-        rows, count = tokens.shape
-        x = F.embedding(tokens, self.code_embedding) + self.positions[j : j + count]
-        x = x.transpose(0, 1).flatten(0, 1)  # (C R, D)
-        first = self.shape.text_length + 1 + j
+        (logits,) = self.decode_together([(tokens, j, cache)])
+        return logits
+
+    def decode_together(self, steps: "Sequence[tuple[Tensor, int, Cache]]") -> list[Tensor]:
+        """`decode_steps` of several caches in one pass through the weights, each at its own place of the picture.
+
+        With the same bits as each alone where rows are independent.
+        """
+        x = _joined([self._embedded(tokens, j) for tokens, j, _ in steps])  # (sum of C R, D)
+        sizes = [tokens.numel() for tokens, _, _ in steps]
         for i, layer in enumerate(self.layers):
-            heads = self._heads(layer, x).unflatten(0, (count, rows))  # (C, R, 3, H, E)
-            if self.turns is not None:
-                heads[:, :, :2] = turned(heads[:, :, :2], *(turn[first : first + count] for turn in self.turns))
-            cache.put(i, j, heads[:, :, 1:])
-            x = self._after_attention(layer, x, cache.attend(i, j, heads[:, :, 0]))
-        return self._logits(x).unflatten(0, (count, rows)).transpose(0, 1)
+            heads = self._heads(layer, x).split(sizes)
+            attended = [self._attended(i, own, *step) for own, step in zip(heads, steps, strict=True)]
+            x = self._after_attention(layer, x, _joined(attended))
+        logits = zip(self._logits(x).split(sizes), steps, strict=True)
+        return [own.unflatten(0, tokens.T.shape).transpose(0, 1) for own, (tokens, _, _) in logits]
+
+    def _embedded(self, tokens: Tensor, j: int) -> Tensor:
+        """(R, C) -> (C R, D)"""
+        x = F.embedding(tokens, self.code_embedding) + self.positions[j : j + tokens.shape[1]]
+        return x.transpose(0, 1).flatten(0, 1)
+
+    def _attended(self, layer: int, heads: Tensor, tokens: Tensor, j: int, cache: "Cache") -> Tensor:
+        """Attention of one cache's tokens, whose keys and values are kept: (C R, 3, H, E) -> (C R, H E)."""
+        rows, count = tokens.shape
+        heads = heads.unflatten(0, (count, rows))
+        if self.turns is not None:
+            first = self.shape.text_length + 1 + j
+            heads[:, :, :2] = turned(heads[:, :, :2], *(turn[first : first + count] for turn in self.turns))
+        cache.put(layer, j, heads[:, :, 1:])
+        return cache.attend(layer, j, heads[:, :, 0])
 
     # The parts of a block, on rows (R, D).
 
@@ -287,6 +307,10 @@ class Engine:
             if not all(torch.equal(a[start:end], b) for a, b in zip(whole, few, strict=True)):
                 return False
         return True
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Cache:

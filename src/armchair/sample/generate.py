@@ -9,8 +9,9 @@ fewer; the rows of an `Engine` are independent on most machines, and come as the
 comes alone is drawn by several tokens a step (`ahead`). Each caption is read alone.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from armchair.sample.next_token import Settings, guide, pick, plausible, probabi
 MICRO_BATCH = 8
 AT_ONCE = 16  # candidates; twice as many rows under guidance. More cost about as much a row, and memory
 AHEAD = 8  # codes that a picture which is drawn alone is given at once, all but the first of them guesses
+TOGETHER = 1024  # rows that one pass has at most, of all tokens that it is given
 FREE = -1  # in `forced`: a token to draw
 
 
@@ -46,6 +48,8 @@ class Decoder(Protocol):
 
     def decode_steps(self, tokens: Tensor, j: int, cache: Any) -> Tensor: ...
 
+    def decode_together(self, steps: "Sequence[Step]") -> list[Tensor]: ...
+
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
     """(len(candidates), length) float64 in [0, 1): each candidate's own stream, from (seed, candidate)."""
@@ -67,59 +71,129 @@ def read_prompts(decoder: Decoder, text_tokens: Tensor) -> PromptCache:
     )
 
 
-@torch.inference_mode()
-def draw_micro_batch(
-    decoder: Decoder,
-    prompts: PromptCache,
-    null: PromptCache,
-    uniforms: Tensor,
-    settings: Settings,
-    forced: Tensor,
-    ahead: int = 1,
-) -> Iterator[Tensor]:
-    """Draw M rows together; yields the codes (M, N) after each finished row of the grid (undrawn ones are 0).
+class Step(NamedTuple):
+    """What a micro-batch wants put through the decoder: image tokens j to j+C-1 of its R rows, (R, C)."""
 
-    `prompts` holds the M rows' captions, `null` one empty caption; uniforms (M, N); forced (M, N) holds codes
-    that are given, FREE elsewhere. With `ahead` above 1 the decoder, whose rows have to be independent, is given up to
-    so many codes at once: the last that is known, and guesses of those after it. Each code is then picked by its own
-    uniform; those that are picked after right guesses are what would have been picked one by one, and the picks after
-    them are the next guesses (Jacobi decoding; Santilli et al., 2023; Teng et al., 2024, for pictures).
+    tokens: Tensor
+    j: int
+    cache: Any
+
+
+class MicroBatch:
+    """Some rows that are drawn together, from pass to pass; whoever holds several can put them through at once.
+
+        while not batch.done:
+            batch.take(decoder.decode_steps(*batch.step()))
+
+    `codes` (M, N) are right up to `known`, which is at most `until`.
     """
-    rows, length = uniforms.shape
-    grid = decoder.shape.grid
-    guided = settings.guidance != 1
-    if guided:
-        empty = null.rows(torch.zeros(rows, dtype=torch.int64))
-        both = zip(prompts.keys, empty.keys, strict=True), zip(prompts.values, empty.values, strict=True)
-        keys, values = ([torch.cat(pair) for pair in pairs] for pairs in both)
-        prompts = PromptCache(keys, values, torch.cat([prompts.logits, empty.logits]))
-    cache = decoder.start(prompts, ahead > 1)
-    codes = torch.zeros(rows, length, dtype=torch.int64, device=prompts.logits.device)
-    logits = prompts.logits[:, None]  # (R, C, K): of C tokens from `known` on
-    known, guessed, count = 0, 0, 1
-    while True:
-        places = slice(known, known + count)
-        conditional = logits[:rows].flatten(0, 1)
-        step = guide(conditional, logits[rows:].flatten(0, 1), settings.guidance) if guided else conditional
-        step = plausible(step, conditional, settings.min_p)
-        drawn = pick(probabilities(step, settings), uniforms[:, places].flatten()).unflatten(0, (rows, -1))
-        drawn = torch.where(forced[:, places] == FREE, drawn, forced[:, places])
-        hits = _hits(drawn, codes[:, places]) if ahead > 1 else 0
-        codes[:, places] = drawn
-        right = min(hits + 1, count)
-        for end in range(known + 1, known + right + 1):
-            if end % grid == 0:
-                yield codes if ahead == 1 else codes.masked_fill(torch.arange(length) >= end, 0)
-        known += right
-        if known == length:
-            return
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: PromptCache,
+        null: PromptCache,
+        uniforms: Tensor,
+        settings: Settings,
+        forced: Tensor,
+        ahead: int = 1,
+        until: int | None = None,
+    ):
+        """`prompts` holds the M rows' captions, `null` one empty caption; uniforms (M, N); forced (M, N) holds codes
+        that are given, FREE elsewhere. Drawing ends with `until` codes a row, N by default.
+
+        With `ahead` above 1 the decoder, whose rows have to be independent, is given up to so many codes at once that
+        are not known: guesses, after the last that is. Each code is then picked by its own uniform; those that are
+        picked after right guesses are what would have been picked one by one, and the picks after them are the next
+        guesses (Jacobi decoding; Santilli et al., 2023; Teng et al., 2024, for pictures). Codes that are given in all
+        rows are put through together in the same way, without a guess, wherever rows are independent.
+        """
+        rows, length = uniforms.shape
+        self.uniforms, self.settings, self.forced, self.ahead = uniforms, settings, forced, ahead
+        self.rows, self.grid, self.until = rows, decoder.shape.grid, length if until is None else until
+        self.guided = settings.guidance != 1
+        if self.guided:
+            empty = null.rows(torch.zeros(rows, dtype=torch.int64))
+            both = zip(prompts.keys, empty.keys, strict=True), zip(prompts.values, empty.values, strict=True)
+            keys, values = ([torch.cat(pair) for pair in pairs] for pairs in both)
+            prompts = PromptCache(keys, values, torch.cat([prompts.logits, empty.logits]))
+        given = (forced != FREE).all(0).tolist()
+        self.free = [j for j in range(length) if not given[j]]  # where something is to be picked
+        self.several = ahead > 1 or (decoder.independent_rows and any(given))  # tokens a pass
+        self.cache = decoder.start(prompts, self.several)
+        self.codes = torch.where(forced == FREE, 0, forced)
+        self.known = self.fed = self.guessed = 0  # codes that are final, in the cache, and begun with
+        self.guesses = 0  # in the pass that is on
+        if given[0]:
+            self._go_on()
+        else:
+            self._pick(prompts.logits[:, None])
+
+    @property
+    def done(self) -> bool:
+        return self.known == self.until
+
+    def step(self) -> Step:
+        """What is to be put through next."""
+        most = max(1, TOGETHER // len(self.codes)) if self.several else 1
+        tokens = self.codes[:, self.fed : min(self.known + self.guesses, self.fed + most)]
+        return Step(tokens.repeat(2, 1) if self.guided else tokens, self.fed, self.cache)
+
+    @torch.inference_mode()
+    def take(self, logits: Tensor) -> None:
+        """Go on with what the decoder gave for `step`, (R, C, K)."""
+        self.fed += logits.shape[1]
+        if self.fed >= self.known:  # else only codes that were given went through
+            self._pick(logits[:, self.known - self.fed - 1 :])
+
+    def _pick(self, logits: Tensor) -> None:
+        """Pick codes from `known` on, by their logits (R, 1 + guesses, K)."""
+        count = logits.shape[1]
+        places = slice(self.known, self.known + count)
+        conditional = logits[: self.rows].flatten(0, 1)
+        step = conditional
+        if self.guided:
+            step = guide(conditional, logits[self.rows :].flatten(0, 1), self.settings.guidance)
+        step = plausible(step, conditional, self.settings.min_p)
+        drawn = pick(probabilities(step, self.settings), self.uniforms[:, places].flatten()).unflatten(0, (-1, count))
+        forced = self.forced[:, places]
+        drawn = torch.where(forced == FREE, drawn, forced)
+        hits = _hits(drawn, self.codes[:, places]) if self.ahead > 1 else 0
+        self.codes[:, places] = drawn
+        self.known += min(hits + 1, count)
+        self.fed = self.known - 1
         # Where guesses prove wrong, fewer are made, down to none; what would have been guessed may prove right.
-        count = min(ahead if hits else max(1, count // 2), length - known)
-        for j in range(max(known, guessed), known + count):
-            codes[:, j] = codes[:, j - grid if j >= grid else j - 1]  # the code above; in the first row the one before
-        guessed = max(guessed, known + count)
-        tokens = codes[:, known - 1 : known + count - 1]
-        logits = decoder.decode_steps(tokens.repeat(2, 1) if guided else tokens, known - 1, cache)
+        self.guesses = self.ahead - 1 if hits else max(0, count // 2 - 1)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Pass over codes that are given, and guess what comes after them."""
+        after = bisect.bisect_left(self.free, self.known)
+        self.known = min(self.free[after] if after < len(self.free) else self.until, self.until)
+        self.guesses = min(self.guesses, self.until - self.known - 1)
+        for j in range(max(self.known, self.guessed), self.known + self.guesses):
+            above = self.codes[:, j - self.grid if j >= self.grid else j - 1]  # in the first row the one before
+            self.codes[:, j] = torch.where(self.forced[:, j] == FREE, above, self.forced[:, j])
+        self.guessed = max(self.guessed, self.known + self.guesses)
+
+    def shown(self, rows: int) -> Tensor:
+        """The codes (M, N) of the first `rows` rows of the grid; 0 elsewhere."""
+        places = torch.arange(self.codes.shape[1], device=self.codes.device)
+        return self.codes.masked_fill(places >= rows * self.grid, 0)
+
+
+@torch.inference_mode()
+def draw_micro_batch(decoder: Decoder, batch: MicroBatch) -> Iterator[Tensor]:
+    """Draw a micro-batch to its end; yields `shown` codes (M, N) after each finished row of the grid."""
+    shown = 0
+    while True:
+        while shown < batch.known // batch.grid:
+            shown += 1
+            yield batch.shown(shown)
+        if batch.done:
+            return
+        batch.take(decoder.decode_steps(*batch.step()))
 
 
 def _hits(drawn: Tensor, guesses: Tensor) -> int:
@@ -157,8 +231,10 @@ def draw_codes(
         caption = torch.tensor(rows)[pick_rows].to(device)
         stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
         ahead = AHEAD if len(caption) == 1 else 1
-        *_, codes = draw_micro_batch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead)
-        done.append(codes[: len(rows) - start])
+        batch = MicroBatch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead)
+        for _ in draw_micro_batch(decoder, batch):
+            pass
+        done.append(batch.codes[: len(rows) - start])
         if progress is not None:
             progress(min(start + size, len(rows)), len(rows))
     return torch.cat(done).unflatten(1, (decoder.shape.grid, decoder.shape.grid))

@@ -35,6 +35,7 @@ from armchair.sample.generate import (
     FREE,
     MICRO_BATCH,
     Decoder,
+    MicroBatch,
     candidate_uniforms,
     draw_codes,
     draw_micro_batch,
@@ -491,8 +492,8 @@ class Artist:
         uniforms = candidate_uniforms(seed, [0], shape.image_length)[rows].to(self.device)
         forced = torch.full_like(uniforms, FREE, dtype=torch.int64)
         cell = self.resolution // self.grid
-        steps = draw_micro_batch(decoder, prompts, null, uniforms, settings, forced, AHEAD if len(rows) == 1 else 1)
-        for finished, drawn in enumerate(steps, start=1):
+        batch = MicroBatch(decoder, prompts, null, uniforms, settings, forced, AHEAD if len(rows) == 1 else 1)
+        for finished, drawn in enumerate(draw_micro_batch(decoder, batch), start=1):
             codes = drawn[:1].unflatten(1, (self.grid, self.grid))
             if finished < self.grid:
                 (partial,) = to_pil(self._pixels(codes))
