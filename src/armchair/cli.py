@@ -102,7 +102,8 @@ def draw(args: argparse.Namespace) -> None:
         from armchair.sample.pipeline import check_free, load_artist, target_paths
         from armchair.sample.ranker import check_prompt
 
-        out, count = Path(args.out), args.keep or args.candidates
+        out, finished = Path(args.out), (args.candidates + 1) // 2 if args.halve else args.candidates
+        count = args.keep or finished
         for prompt in args.prompts:
             check_prompt(prompt)
         if len(args.prompts) > 1 and out.suffix.lower() == ".png" and not out.is_dir():
@@ -113,7 +114,7 @@ def draw(args: argparse.Namespace) -> None:
     for prompt in args.prompts:
         began = time.perf_counter()
         progress = _DrawingProgress(prompt)
-        drawing = artist.draw(prompt, **_sampling(args), progress=progress)
+        drawing = artist.draw(prompt, **_sampling(args), halve=args.halve, progress=progress)
         results.append(_save(drawing, out, args, time.perf_counter() - began))
     if args.json:
         print_json(results[0] if len(results) == 1 else results)
@@ -671,6 +672,11 @@ def _draw_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; several are drawn one by one")
     _model_flags(p)
     _sampling_flags(p)
+    p.add_argument(
+        "--halve",
+        action="store_true",
+        help="finish only the candidates whose upper halves the ranker finds better, half of them",
+    )
     _output_flags(p)
 
 

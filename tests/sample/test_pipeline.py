@@ -398,6 +398,44 @@ def test_with_a_ranker_the_best_of_all_candidates_come_first(artist: Artist, ran
     assert ranked.draw(PROMPT, candidates=9, keep=0).candidates == drawing.candidates
 
 
+@pytest.mark.parametrize(("count", "keep", "left"), [(9, 0, 5), (9, 2, 5), (9, 7, 7), (40, 0, 20), (1, 0, 1)])
+def test_halving_finishes_the_candidates_with_the_better_upper_halves(
+    ranked: Artist, count: int, keep: int, left: int
+) -> None:
+    told: list[tuple[int, int]] = []
+    halved = ranked.draw(PROMPT, candidates=count, keep=keep, halve=True, progress=lambda *done: told.append(done))
+    whole = ranked.draw(PROMPT, candidates=count)
+    by_candidate = {c: i for i, c in enumerate(whole.candidates)}
+    for i, c in enumerate(halved.candidates):  # each is what it is without
+        assert (halved.codes[i] == whole.codes[by_candidate[c]]).all()
+        assert halved.scores[i] == whole.scores[by_candidate[c]]
+    assert halved.scores == sorted(halved.scores, reverse=True)
+    assert len(halved.images) == (keep or left)
+
+    def score(c: int) -> float:
+        """Of the upper half and what it is in a mirror, as the codes of both are decoded."""
+        codes = whole.codes[by_candidate[c]].copy()
+        codes[2:] = codes[1::-1]
+        image = pixels(ranked.decode(codes[None])[0]).copy()
+        image[8:] = image[7::-1]
+        return ranked.rank([Image.fromarray(image)], PROMPT)[0]
+
+    better = sorted(range(count), key=lambda c: -score(c))[:left]
+    assert set(halved.candidates) <= set(better) and (keep or set(halved.candidates) == set(better))
+    assert told[-1] == (count, count) and told == sorted(told)
+
+
+def test_halving_needs_a_ranker(artist: Artist) -> None:
+    with pytest.raises(RequestError, match="no ranker"):
+        artist.draw(PROMPT, halve=True)
+
+
+def test_halves_of_an_odd_grid_are_mirrored_about_where_drawing_stopped(ranked: Artist) -> None:
+    codes = np.arange(16).reshape(1, 4, 4) % ranked.image_tokenizer.codebook_size
+    (image,) = ranked._mirrored(codes, 3)
+    assert (pixels(image)[12:] == pixels(image)[11:7:-1]).all()
+
+
 def test_completions_are_ranked_too(ranked: Artist, photo: Image.Image) -> None:
     drawing = ranked.complete(photo, PROMPT, candidates=5, keep=3)
     assert len(drawing.images) == len(drawing.candidates) == 3

@@ -211,11 +211,12 @@ def draw_codes(
     settings: Settings,
     forced: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    until: int | None = None,
 ) -> Tensor:
     """Draw one picture's codes a row: text_tokens (P, T), rows: which caption each is for, uniforms (B, N).
 
-    Gives codes (B, S, S) int64. `forced` (B, N) as in `draw_micro_batch`. `progress` is told how many
-    rows are done, and of how many.
+    Gives codes (B, S, S) int64. `forced` (B, N) and `until` as in `MicroBatch`; codes that are not drawn are 0.
+    `progress` is told how many rows are done, and of how many.
     """
     if isinstance(decoder, Prior):
         decoder = decoder.folded()
@@ -231,7 +232,7 @@ def draw_codes(
         caption = torch.tensor(rows)[pick_rows].to(device)
         stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
         ahead = AHEAD if len(caption) == 1 else 1
-        batch = MicroBatch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead)
+        batch = MicroBatch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead, until)
         for _ in draw_micro_batch(decoder, batch):
             pass
         done.append(batch.codes[: len(rows) - start])

@@ -276,21 +276,28 @@ class Artist:
         top_p: float | None = None,
         min_p: float | None = None,
         guidance: float | None = None,
+        halve: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Drawing:
         """Draw `candidates` (1 to 4096) pictures of a prompt and keep the best `keep` (0 or None: all).
 
         The ranker says which are best, and they come best first (paper, section 2.6). Without a ranker the first ones
-        are kept, and only they are drawn. A setting of None is the bundle's own; `Settings` has the ranges. `progress`
-        is told now and then how many candidates are drawn, and of how many. Raises RequestError for anything out of
-        range.
+        are kept, and only they are drawn. A setting of None is the bundle's own; `Settings` has the ranges. With
+        `halve` the ranker looks at upper halves too, and only the better half of the candidates (`keep` at least) is
+        finished: each as it is without. `progress` is told now and then how many candidates are drawn, and of how many.
+        Raises RequestError for anything out of range, and for `halve` where there is no ranker.
         """
         check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
-        chosen, keep = self._candidates(candidates, keep)
+        if halve:
+            self._check_ranks()
+        chosen, most = self._candidates(candidates, keep)
         settings = self._settings(temperature, top_k, top_p, min_p, guidance)
-        codes = self._draw(prompt, chosen, seed, settings, progress=progress)
-        return self._drawing(prompt, chosen, seed, settings, codes, keep=keep)
+        if halve:
+            chosen, codes = self._draw_halved(prompt, chosen, seed, settings, keep or 0, progress)
+        else:
+            codes = self._draw(prompt, chosen, seed, settings, progress=progress)
+        return self._drawing(prompt, chosen, seed, settings, codes, keep=most)
 
     def draw_each(self, prompts: Sequence[str], *, seed: int = 0, first: int = 0) -> list[Image.Image]:
         """One picture a prompt, drawn together; that of prompt i is what `draw` has as its candidate `first` + i.
@@ -412,11 +419,7 @@ class Artist:
 
     def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
         """Scores of images for a prompt, as `Ranker.rank`. Raises RequestError where there is no ranker, too."""
-        if self.ranker is None:
-            raise RequestError(
-                f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures; name another bundle's"
-            )
-        return self.ranker.rank(images, prompt)
+        return self._check_ranks().rank(images, prompt)
 
     @torch.inference_mode()
     def likelihood(self, image: Image.Image, prompt: str) -> float:
@@ -452,6 +455,13 @@ class Artist:
         keep = _whole("keep", keep or 0, 0, count) or count
         return list(range(keep if self.ranker is None else count)), keep
 
+    def _check_ranks(self) -> Ranker:
+        if self.ranker is None:
+            raise RequestError(
+                f"bundle {self.bundle.name} has no ranker, so it cannot rank pictures; name another bundle's"
+            )
+        return self.ranker
+
     def _settings(
         self,
         temperature: float | None,
@@ -476,13 +486,59 @@ class Artist:
         forced: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
         weights: str | None = None,
+        until: int | None = None,
     ) -> np.ndarray:
+        """Codes (n, S, S) of candidates; `forced` holds given ones, (S, S) for all or (n, S, S)."""
         uniforms = candidate_uniforms(seed, candidates, self.shape.image_length)
-        given = None if forced is None else torch.from_numpy(forced).flatten().expand(uniforms.shape)
+        given = None if forced is None else torch.from_numpy(forced).flatten(-2).expand(uniforms.shape)
         rows = [0] * len(candidates)
         decoder = self.decoder(weights)
-        codes = draw_codes(decoder, self._tokens(prompt), rows, uniforms, settings, given, progress)
+        codes = draw_codes(decoder, self._tokens(prompt), rows, uniforms, settings, given, progress, until)
         return codes.cpu().numpy()
+
+    def _draw_halved(
+        self,
+        prompt: str,
+        candidates: list[int],
+        seed: int,
+        settings: Settings,
+        keep: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> tuple[list[int], np.ndarray]:
+        """The candidates whose upper halves the ranker finds better, half of them or `keep`, and their codes.
+
+        The halves are all that is held of the others, and what is kept of them is read again at once, so that memory
+        is bounded however many there are.
+        """
+        count, rows = len(candidates), math.ceil(self.grid / 2)
+        left = max(keep, math.ceil(count / 2))
+        work = count + left  # halves
+
+        def told(before: int) -> Callable[[int, int], None] | None:
+            return progress and (lambda done, _: progress((before + done) * count // work, count))
+
+        upper = self._draw(prompt, candidates, seed, settings, progress=told(0), until=rows * self.grid)
+        scores = self._check_ranks().rank(self._mirrored(upper, rows), prompt)
+        better = sorted(sorted(range(count), key=lambda i: -scores[i])[:left])
+        forced = upper[better]
+        forced[:, rows:] = FREE
+        chosen = [candidates[i] for i in better]
+        return chosen, self._draw(prompt, chosen, seed, settings, forced, told(count))
+
+    def _mirrored(self, codes: np.ndarray, rows: int) -> list[Image.Image]:
+        """Pictures of which the first `rows` rows of codes are drawn, half or more: mirrored, they fill the rest.
+
+        Of what may stand in for a lower half, this let the ranker foresee best what it says of the whole.
+        """
+        s, cut = self.grid, rows * (self.resolution // self.grid)
+        codes = codes.copy()
+        codes[:, rows:] = codes[:, 2 * rows - s : rows][:, ::-1]
+        images = []
+        for image in self._decode(codes):
+            pixels = np.array(image)
+            pixels[cut:] = pixels[2 * cut - self.resolution : cut][::-1]
+            images.append(Image.fromarray(pixels))
+        return images
 
     def _stream(self, prompt: str, seed: int, settings: Settings) -> Iterator[Image.Image | Drawing]:
         shape, decoder = self.shape, self.decoder()
