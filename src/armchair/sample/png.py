@@ -30,20 +30,16 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any], *, force: b
     Raises RequestError where the file is there already (without `force`) or cannot be written, and WorkError
     on a full disk.
     """
-    text = json.dumps(record, separators=(",", ":"))  # ASCII, so that any prompt fits, lone surrogates too
-    if len(text) > MAX_RECORD:
-        raise RequestError(f"{path}: the record has {len(text)} bytes, at most {MAX_RECORD} fit in a picture")
-    info = PngInfo()
-    info.add_itxt(KEYWORD, text)
-    png = io.BytesIO()
-    image.save(png, "PNG", pnginfo=info)
-
+    try:
+        png = png_bytes(image, record)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
     temporary = path.parent / f".armchair-{uuid.uuid4().hex}.tmp"
     reserved = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(png.getbuffer())
+            file.write(png)
             file.flush()
             os.fsync(file.fileno())
         if not force:
@@ -62,6 +58,19 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any], *, force: b
             temporary.unlink()
             if reserved:
                 path.unlink()
+
+
+def png_bytes(image: Image.Image, record: dict[str, Any] | None) -> bytes:
+    """A PNG file with `record` in it, or without one. Raises RequestError for a record that is too large."""
+    info = PngInfo()
+    if record is not None:
+        text = json.dumps(record, separators=(",", ":"))  # ASCII, so that any prompt fits, lone surrogates too
+        if len(text) > MAX_RECORD:
+            raise RequestError(f"the record has {len(text)} bytes, at most {MAX_RECORD} fit in a picture")
+        info.add_itxt(KEYWORD, text)
+    png = io.BytesIO()
+    image.save(png, "PNG", pnginfo=info)
+    return png.getvalue()
 
 
 def read_record(path: Path) -> dict[str, Any]:
