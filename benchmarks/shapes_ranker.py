@@ -34,7 +34,7 @@ SPLITS = ("val", "held-form-colour", "held-relation-form", "held-count")
 ATTRIBUTES = NearMisses([FORMS, tuple(COLOURS), SIZES, FILLS])
 SIDES = NearMisses([("left of", "right of"), ("above", "below")])
 DISTRACTORS = 100
-DRAWING = ("temperature", "min_p", "guidance")
+DRAWING = ("temperature", "min_p", "guidance", "naturalness")
 
 
 def retrieval(ranker: Ranker, split: str, count: int) -> dict:

@@ -181,7 +181,7 @@ class _DrawingProgress:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "min_p", "guidance")
+    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "min_p", "guidance", "naturalness")
     return {name: getattr(args, name) for name in names}
 
 
@@ -710,6 +710,12 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
         "--min-p", type=_number, metavar="P", help="leave out codes under P times as likely as the first, 0 for none"
     )
     p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
+    p.add_argument(
+        "--naturalness",
+        type=_number,
+        metavar="W",
+        help="how much it counts, beside the ranker, how likely a picture is by itself; 0 for not at all",
+    )
     p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
     _weights_flag(p)
 

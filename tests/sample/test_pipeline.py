@@ -106,7 +106,7 @@ def test_to_json(artist: Artist, tmp_path: Path) -> None:
     drawing = artist.draw(PROMPT, candidates=2, seed=9)
     data = json.loads(json.dumps(drawing.to_json(drawing.save(tmp_path))))
     assert list(data) == ["prompt", "bundle", "settings", "images"]
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5, "naturalness": 0.0}
     assert data["settings"] == {**sampling, "weights": default_weights()}
     assert [list(i) for i in data["images"]] == [["path", "candidate", "seed", "score", "codes"]] * 2
     assert data["images"][1]["path"].endswith("a-red-circle-02.png") and data["images"][1]["score"] is None
@@ -434,6 +434,32 @@ def test_halves_of_an_odd_grid_are_mirrored_about_where_drawing_stopped(ranked: 
     codes = np.arange(16).reshape(1, 4, 4) % ranked.image_tokenizer.codebook_size
     (image,) = ranked._mirrored(codes, 3)
     assert (pixels(image)[12:] == pixels(image)[11:7:-1]).all()
+
+
+def test_likelihoods_are_minus_bits_a_code_without_a_caption(ranked: Artist) -> None:
+    codes = ranked.draw(PROMPT, candidates=9).codes
+    found = ranked.likelihoods(codes)
+    tokens = torch.full((1, ranked.shape.text_length), ranked.text_tokenizer.pad_id)
+    for one, value in zip(codes, found, strict=True):
+        flat = torch.from_numpy(one).flatten()[None]
+        with torch.inference_mode():
+            log_p = ranked.prior(tokens, flat)[1][0].log_softmax(-1)[torch.arange(16), flat[0]]
+        assert value == pytest.approx(float(log_p.mean()) / math.log(2), abs=1e-5)
+    assert ranked.likelihoods(codes[3:4]) == found[3:4] and ranked.likelihoods(codes[:0]) == []
+
+
+def test_naturalness_counts_how_likely_a_picture_is_by_itself(ranked: Artist, tmp_path: Path) -> None:
+    plain = ranked.draw(PROMPT, candidates=9)
+    drawing = ranked.draw(PROMPT, candidates=9, naturalness=2.0)
+    cosines = dict(zip(plain.candidates, plain.scores, strict=True))
+    for i, c in enumerate(drawing.candidates):
+        (likelihood,) = ranked.likelihoods(drawing.codes[i : i + 1])
+        assert drawing.scores[i] == pytest.approx(cosines[c] + 2 * likelihood, abs=1e-6)
+    assert drawing.scores == sorted(drawing.scores, reverse=True) and drawing.candidates != plain.candidates
+    (path,) = ranked.draw(PROMPT, candidates=9, keep=1, naturalness=2.0).save(tmp_path / "a.png")
+    assert read_record(path)["settings"]["naturalness"] == 2.0 and ranked.redraw(path).scores == drawing.scores[:1]
+    with pytest.raises(RequestError, match="naturalness: expected 0 to 100"):
+        ranked.draw(PROMPT, naturalness=-1.0)
 
 
 def test_completions_are_ranked_too(ranked: Artist, photo: Image.Image) -> None:

@@ -11,13 +11,18 @@ from armchair.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all codes; guidance 1 is off."""
+    """How tokens are drawn, and pictures ranked.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all codes; guidance 1 is off. naturalness 0 leaves the
+    ranking to the ranker, more counts how likely a picture is by itself (`Artist.scores`).
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     guidance: float = 1.0
+    naturalness: float = 0.0
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -26,6 +31,7 @@ class Settings:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1, 0 for all codes"),
             ("guidance", 0 <= self.guidance <= 100, "0 to 100, 1 for none"),
+            ("naturalness", 0 <= self.naturalness <= 100, "0 to 100, 0 for the ranker alone"),
         ):
             if not good:
                 raise RequestError(f"{name}: expected {expected}, got {getattr(self, name)}")

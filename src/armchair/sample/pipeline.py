@@ -291,6 +291,7 @@ class Artist:
         top_p: float | None = None,
         min_p: float | None = None,
         guidance: float | None = None,
+        naturalness: float | None = None,
         halve: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Drawing:
@@ -314,6 +315,7 @@ class Artist:
             top_p=top_p,
             min_p=min_p,
             guidance=guidance,
+            naturalness=naturalness,
         )
         if halve:
             chosen, codes = self._draw_halved(plan, keep or 0, progress)
@@ -370,6 +372,7 @@ class Artist:
         top_p: float | None = None,
         min_p: float | None = None,
         guidance: float | None = None,
+        naturalness: float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Drawing:
         """Redraw a part of a picture (paper, figure 2c) and keep every pixel outside of it exactly.
@@ -392,6 +395,7 @@ class Artist:
             top_p=top_p,
             min_p=min_p,
             guidance=guidance,
+            naturalness=naturalness,
         )
         codes = self._draw(prompt, plan.candidates, plan.seed, plan.settings, plan.forced, progress)
         return self._drawing(plan, codes)
@@ -492,6 +496,7 @@ class Artist:
         top_p: float | None = None,
         min_p: float | None = None,
         guidance: float | None = None,
+        naturalness: float | None = None,
     ) -> Plan:
         """What `draw` would draw, or with an image and a rectangle `complete`. Raises as these.
 
@@ -502,7 +507,7 @@ class Artist:
             check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
         chosen, keep = self._candidates(candidates, keep)
-        settings = self._settings(temperature, top_k, top_p, min_p, guidance)
+        settings = self._settings(temperature, top_k, top_p, min_p, guidance, naturalness)
         if (image is None) != (redraw is None):
             raise RequestError("to complete a picture, give both the image and the rectangle to redraw")
         plan = Plan(prompt=prompt, candidates=chosen, keep=keep, seed=seed, settings=settings)
@@ -546,15 +551,40 @@ class Artist:
                 images[i] = _keep_outside(image, plan.original, plan.rectangle)
         return images
 
-    def scores(self, plans: Sequence[Plan], images: Sequence[Image.Image]) -> list[float | None]:
-        """What the ranker says of each picture for the prompt of its plan, None where nothing ranks."""
+    def scores(
+        self, plans: Sequence[Plan], images: Sequence[Image.Image], codes: np.ndarray
+    ) -> list[float | None]:
+        """How good each picture, of codes (n, S, S), is for the prompt of its plan; None where nothing ranks.
+
+        The ranker's cosine, and `naturalness` times what `likelihoods` says. By Bayes' rule a picture is likely for a
+        caption as the caption is for it, which the ranker stands for, and as it is by itself, which the prior knows
+        without a caption (a noisy channel; for captions so in Yee et al., 2019): a ranker has seen well-made pictures
+        only, and does not mind what is none.
+        """
         scores: list[float | None] = [None] * len(images)
         told = [i for i, plan in enumerate(plans) if plan.prompt]
-        if self.ranker is not None and told:
-            found = self.ranker.score([images[i] for i in told], [plans[i].prompt for i in told])
-            for i, score in zip(told, found, strict=True):
-                scores[i] = score
+        if self.ranker is None or not told:
+            return scores
+        found = self.ranker.score([images[i] for i in told], [plans[i].prompt for i in told])
+        for i, score in zip(told, found, strict=True):
+            scores[i] = score
+        weighed = [i for i in told if plans[i].settings.naturalness]
+        for i, likelihood in zip(weighed, self.likelihoods(codes[weighed]), strict=True):
+            scores[i] = found[told.index(i)] + plans[i].settings.naturalness * likelihood
         return scores
+
+    @torch.inference_mode()
+    def likelihoods(self, codes: np.ndarray) -> list[float]:
+        """log2 p(codes) / N without a caption, of pictures' codes (n, S, S): minus bits a code. n may be 0."""
+        if not len(codes):
+            return []
+
+        def of(chunk: Tensor) -> Tensor:
+            chunk = chunk.to(self.device)
+            logits = self.prior(null_text(len(chunk), self.shape, self.device), chunk)[1].float()
+            return -F.cross_entropy(logits.transpose(1, 2), chunk, reduction="none").mean(1).cpu() / math.log(2)
+
+        return in_micro_batches(of, torch.from_numpy(codes).flatten(1)).tolist()
 
     def drawing(
         self,
@@ -604,8 +634,16 @@ class Artist:
         top_p: float | None,
         min_p: float | None,
         guidance: float | None,
+        naturalness: float | None = None,
     ) -> Settings:
-        asked = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
+        asked = dict(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance=guidance,
+            naturalness=naturalness,
+        )
         given = {name: value for name, value in asked.items() if value is not None}
         return from_dict(Settings, {**to_dict(self.settings), **given})
 
@@ -693,7 +731,7 @@ class Artist:
     def _drawing(self, plan: Plan, codes: np.ndarray, rank: bool = True) -> Drawing:
         plans = [plan] * len(codes)
         images = self.pictures(plans, codes)
-        scores = self.scores(plans, images) if rank else [None] * len(images)
+        scores = self.scores(plans, images, codes) if rank else [None] * len(images)
         return self.drawing(plan, codes, images, scores)
 
     @torch.inference_mode()

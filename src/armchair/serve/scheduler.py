@@ -395,9 +395,8 @@ class Drawer:
         codes = torch.stack([look.codes for look in looks]).numpy() if looks else np.empty((0, grid, grid), np.int64)
         images = self.artist.pictures(plans, codes, [look.rows for look in looks])
         whole = [i for i, look in enumerate(looks) if look.rows == grid]
-        scores = dict(
-            zip(whole, self.artist.scores([plans[i] for i in whole], [images[i] for i in whole]), strict=True)
-        )
+        found = self.artist.scores([plans[i] for i in whole], [images[i] for i in whole], codes[whole])
+        scores = dict(zip(whole, found, strict=True))
         seen: dict[int, Job] = {}
         for i, (look, image) in enumerate(zip(looks, images, strict=True)):
             job, place = look.row

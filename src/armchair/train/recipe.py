@@ -179,6 +179,7 @@ class DrawingConfig:
     top_k: int = 0  # 0 means all codes
     top_p: float = 1.0
     min_p: float = 0.0  # 0 means all codes
+    naturalness: float = 0.0  # 0 means that the ranker alone ranks
     guidance: float = 1.0  # 1 means off
     prompts: tuple[str, ...] = ()
 
