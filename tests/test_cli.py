@@ -150,7 +150,7 @@ def test_draw_json(draw: Run, tiny_bundle: Path) -> None:
     one = json.loads(draw(PROMPT, *flags).out)
     assert set(one) == {"prompt", "bundle", "settings", "images"}
     assert one["bundle"]["name"] == "tiny" and len(one["bundle"]["fingerprint"]) == 64
-    sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5}
+    sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.95, "min_p": 0.0, "guidance": 1.5, "naturalness": 0.0}
     assert one["settings"] == {**sampling, "weights": default_weights()}
     assert [i["path"] for i in one["images"]] == ["a-red-circle-01.png", "a-red-circle-02.png"]
     assert all(i["seed"] == 5 and i["score"] is None and len(i["codes"]) == 4 for i in one["images"])
