@@ -172,14 +172,15 @@ class MicroBatch:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Pass over codes that are given, and guess what comes after them."""
+        """Pass over codes that are given, and guess what comes after them: one more than goes through, to compare."""
         after = bisect.bisect_left(self.free, self.known)
         self.known = min(self.free[after] if after < len(self.free) else self.until, self.until)
         self.guesses = min(self.guesses, self.until - self.known - 1)
-        for j in range(max(self.known, self.guessed), self.known + self.guesses):
+        guessed = min(self.known + self.guesses + 1, self.until) if self.ahead > 1 else 0
+        for j in range(max(self.known, self.guessed), guessed):
             above = self.codes[:, j - self.grid if j >= self.grid else j - 1]  # in the first row the one before
             self.codes[:, j] = torch.where(self.forced[:, j] == FREE, above, self.forced[:, j])
-        self.guessed = max(self.guessed, self.known + self.guesses)
+        self.guessed = max(self.guessed, guessed)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
