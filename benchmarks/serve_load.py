@@ -3,10 +3,11 @@
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --model runs/shapes/bundle --seconds 30 --clients 16
 
-Starts `armchair serve` on a free port of this machine and asks it: first one client at a time, which gives the reference
-for throughput and for bytes; then many at once, of which a third goes away midway and a tenth sends garbage. Requests
-are pictures (most), streams with partial pictures, and edits, with seeds out of a small set, so that each comes alone and
-under load. Ends with 1 where an answer was lost, was a failure of the server, or had other bytes than alone.
+Starts `armchair serve` on a free port of this machine and asks it: first one client at a time, which gives the
+reference for throughput and for bytes; then many at once, of which a third goes away midway and a tenth sends garbage;
+then one at a time again. Requests are pictures (most), streams with partial pictures, and edits, out of a set that is
+small, so that each comes alone and under load. Ends with 1 where an answer was lost, was a failure of the server or had
+other bytes than alone.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-PROMPTS = [f"{colour} {form}" for colour in ("red", "blue", "purple", "green") for form in ("apple", "heart", "face", "car")]
+FORMS = ("apple", "heart", "face", "car")
+PROMPTS = [f"{colour} {form}" for colour in ("red", "blue", "purple", "green") for form in FORMS]
 SEEDS = 3
 TIMEOUT = 60.0  # seconds until an answer counts as lost
 
@@ -61,6 +63,7 @@ class Result:
     """What came of some seconds of asking."""
 
     seconds: float = 0.0
+    processor: float = 0.0  # seconds of it that the server used
     answered: list[float] = field(default_factory=list)  # seconds each
     first_partial: list[float] = field(default_factory=list)
     statuses: Counter = field(default_factory=Counter)
@@ -80,9 +83,10 @@ class Result:
             "seconds": round(self.seconds, 1),
             "pictures": len(ordered),
             "pictures_a_second": round(self.throughput, 2),
+            "pictures_a_processor_second": round(len(ordered) / self.processor, 2),
             "median_seconds": round(statistics.median(ordered), 3),
             "p95_seconds": round(ordered[int(0.95 * (len(ordered) - 1))], 3),
-            "first_partial_median_seconds": round(statistics.median(self.first_partial), 3) if self.first_partial else None,
+            "first_partial_median_seconds": round(statistics.median(self.first_partial or [0]), 3),
             "statuses": {str(k): v for k, v in sorted(self.statuses.items())},
             "went_away": self.left,
             "garbage": self.garbage,
@@ -260,14 +264,16 @@ class Load:
 
 
 @contextlib.contextmanager
-def running(model: str | None, *flags: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """`armchair serve` on a free port, and the port; it has to end cleanly."""
+def running(
+    model: str | None, *flags: str, cwd: Path | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen, int]]:
+    """`armchair serve` on a free port, and the port; `environment` is added to this process's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "armchair", "serve", "--port", str(port), *flags]
     command += [] if model is None else ["--model", model]
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment})
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:
@@ -301,23 +307,34 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rng.shuffle(asks)
     with running(args.model) as (server, port):
         load = Load(port, args.resolution)
+
+        def timed(work: Coroutine[Any, Any, Result]) -> Result:
+            used = processor_seconds(server)
+            result = asyncio.run(work)
+            result.processor = processor_seconds(server) - used
+            return result
+
         start = memory(server)
         asyncio.run(load.alone(asks[:4]))
-        alone = asyncio.run(load.alone(asks))
+        alone = timed(load.alone(asks))
         asyncio.run(load.together(asks, args.clients, args.warm, args.seed + 1, args.most))
-        before, used = memory(server), processor_seconds(server)
-        together = asyncio.run(load.together(asks, args.clients, args.seconds, args.seed, args.most))
-        used = processor_seconds(server) - used
+        before = memory(server)
+        together = timed(load.together(asks, args.clients, args.seconds, args.seed, args.most))
         time.sleep(2)
         after, alive = memory(server), server.poll() is None
-        again = asyncio.run(load.alone(asks))
+        again = timed(load.alone(asks))
+    one_by_one = Result(seconds=alone.seconds + again.seconds, processor=alone.processor + again.processor)
+    one_by_one.answered = alone.answered + again.answered
     return {
         "clients": args.clients,
         "alone": alone.report(),
         "together": together.report(),
         "again": again.report(),
-        "times_the_throughput": round(together.throughput / statistics.mean([alone.throughput, again.throughput]), 2),
-        "cores_used_together": round(used / together.seconds, 2),
+        "times_the_throughput": round(together.throughput / one_by_one.throughput, 2),
+        "times_the_pictures_a_processor_second": round(
+            len(together.answered) / together.processor / (len(one_by_one.answered) / one_by_one.processor), 2
+        ),
+        "cores_used_together": round(together.processor / together.seconds, 2),
         "memory_mib": {"start": round(start, 1), "before": round(before, 1), "after": round(after, 1)},
         "memory_growth_percent": round(100 * (after / before - 1), 2),
         "alive": alive,
