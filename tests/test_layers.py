@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "eval": DRAWING | {"data"},
     "train": DRAWING | {"data", "eval"},
     "bench": MODELS | {"sample"},
+    "serve": MODELS | {"bundle", "card", "sample", "eval.ballot", "eval.ballot_page"},
 }
 
 

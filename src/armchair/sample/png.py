@@ -8,7 +8,7 @@ import unicodedata
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -30,20 +30,13 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any], *, force: b
     Raises RequestError where the file is there already (without `force`) or cannot be written, and WorkError
     on a full disk.
     """
-    text = json.dumps(record, separators=(",", ":"))  # ASCII, so that any prompt fits, lone surrogates too
-    if len(text) > MAX_RECORD:
-        raise RequestError(f"{path}: the record has {len(text)} bytes, at most {MAX_RECORD} fit in a picture")
-    info = PngInfo()
-    info.add_itxt(KEYWORD, text)
-    png = io.BytesIO()
-    image.save(png, "PNG", pnginfo=info)
-
+    png = png_bytes(image, record, path)
     temporary = path.parent / f".armchair-{uuid.uuid4().hex}.tmp"
     reserved = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(png.getbuffer())
+            file.write(png)
             file.flush()
             os.fsync(file.fileno())
         if not force:
@@ -64,6 +57,18 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any], *, force: b
                 path.unlink()
 
 
+def png_bytes(image: Image.Image, record: dict[str, Any], name: str | Path = "picture") -> bytes:
+    """A PNG of `image` with `record` in an iTXt chunk. Raises RequestError, naming it `name`, for too large a record."""
+    text = json.dumps(record, separators=(",", ":"))  # ASCII, so that any prompt fits, lone surrogates too
+    if len(text) > MAX_RECORD:
+        raise RequestError(f"{name}: the record has {len(text)} bytes, at most {MAX_RECORD} fit in a picture")
+    info = PngInfo()
+    info.add_itxt(KEYWORD, text)
+    png = io.BytesIO()
+    image.save(png, "PNG", pnginfo=info)
+    return png.getvalue()
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The record inside a PNG that `save_png` wrote; the picture itself is not decoded.
 
@@ -71,9 +76,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            text = _find_record(file, path)
+            return record_in(file, path)
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from None
+
+
+def record_in(file: BinaryIO, path: str | Path) -> dict[str, Any]:
+    """The same of an open file, which errors call `path`."""
+    text = _find_record(file, path)
     if text is None:
         raise RequestError(f"{path}: no armchair metadata; only an unedited PNG that armchair wrote has it")
     try:
@@ -113,7 +123,7 @@ def slug(prompt: str) -> str:
     return f"{name}-image" if name in _DEVICE_NAMES else name
 
 
-def _find_record(file: io.BufferedReader, path: Path) -> bytes | None:
+def _find_record(file: BinaryIO, path: str | Path) -> bytes | None:
     if file.read(8) != _SIGNATURE:
         raise RequestError(f"{path}: not a PNG")
     while header := file.read(8):
@@ -133,7 +143,7 @@ def _find_record(file: io.BufferedReader, path: Path) -> bytes | None:
     raise RequestError(f"{path}: the PNG is cut short")
 
 
-def _text_of(body: bytes, path: Path) -> bytes:
+def _text_of(body: bytes, path: str | Path) -> bytes:
     """The text of an iTXt body whose keyword is cut off: flag, method, language, 0, translation, 0, text."""
     compressed, _, text = body[:1], body[1:2], body[2:].split(b"\0", 2)[-1]
     if compressed == b"\1":  # other programs may compress the chunk when they save the file again
