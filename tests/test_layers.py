@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "eval": DRAWING | {"data"},
     "train": DRAWING | {"data", "eval"},
     "bench": MODELS | {"sample"},
-    "serve": MODELS | {"bundle", "card", "sample", "eval.ballot", "eval.ballot_page"},
+    "serve": BASE | {"bundle", "image", "prior", "sample", "eval.ballot", "eval.ballot_page"},
 }
 
 

@@ -59,6 +59,10 @@ class Bundle:
     parts: tuple[str, ...]
     _files: "_Files" = dataclasses.field(repr=False)
 
+    def weight_bytes(self) -> int:
+        """The size of all weights as they lie in the bundle."""
+        return sum(self._files.size(_WEIGHTS[part]) for part in self.parts)
+
     def weights(self, part: str) -> dict[str, torch.Tensor]:
         """The tensors of `image_tokenizer`, `prior` or `ranker`, on the CPU, read and verified now.
 

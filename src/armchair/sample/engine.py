@@ -330,12 +330,21 @@ class Cache:
                 text, step = in_eight_bits(text)
                 self.steps.append(F.pad(step[..., 0], (0, image_slots)))
             self.kept.append(F.pad(text, (0, 0, 0, image_slots)))
-        # The same memory by rows and heads together, as the products have it.
-        self.flat_kept = [kept.flatten(1, 2) for kept in self.kept]
-        self.flat_steps = [step.flatten(1, 2)[:, :, None] for step in self.steps]
+        self._flatten()
         most = text_slots + max(places.sizes)
         block = min(rows, ATTENTION_ROWS) * heads
         self.scratch = torch.empty(2, block * most * size if eight_bits else 0)
+
+    def keep(self, rows: Tensor) -> None:
+        """Hold these rows alone, in this order."""
+        self.kept = [kept[:, rows] for kept in self.kept]
+        self.steps = [step[:, rows] for step in self.steps]
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """The same memory by rows and heads together, as the products have it."""
+        self.flat_kept = [kept.flatten(1, 2) for kept in self.kept]
+        self.flat_steps = [step.flatten(1, 2)[:, :, None] for step in self.steps]
 
     def put(self, layer: int, j: int, kept: Tensor) -> None:
         """Keep a key and a value of each row for image tokens j to j+C-1, (C, R, 2, H, E)."""

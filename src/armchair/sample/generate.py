@@ -62,7 +62,11 @@ def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Ten
 @torch.inference_mode()
 def read_prompts(decoder: Decoder, text_tokens: Tensor) -> PromptCache:
     """Read captions (P, T) one at a time, so that a caption's state does not depend on its neighbours."""
-    states = [decoder.prefill(row[None]) for row in text_tokens]
+    return joined_prompts([decoder.prefill(row[None]) for row in text_tokens])
+
+
+def joined_prompts(states: Sequence[PromptCache]) -> PromptCache:
+    """The rows of several as those of one."""
     layers = range(len(states[0].keys))
     return PromptCache(
         [torch.cat([s.keys[i] for s in states]) for i in layers],
@@ -177,6 +181,15 @@ class MicroBatch:
             above = self.codes[:, j - self.grid if j >= self.grid else j - 1]  # in the first row the one before
             self.codes[:, j] = torch.where(self.forced[:, j] == FREE, above, self.forced[:, j])
         self.guessed = max(self.guessed, guessed)
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; the others are not wanted any more. Rows have to be independent."""
+        index = torch.tensor(rows, device=self.codes.device)
+        both = torch.cat([index, index + self.rows]) if self.guided else index
+        self.uniforms, self.forced, self.codes = self.uniforms[index], self.forced[index], self.codes[index]
+        self.cache.keep(both)
+        self.rows = len(rows)
 
     def shown(self, rows: int) -> Tensor:
         """The codes (M, N) of the first `rows` rows of the grid; 0 elsewhere."""

@@ -27,7 +27,7 @@ from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.pixels import BrokenSample, read_image, stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import StreamShape, null_text
-from armchair.prior.transformer import Prior, PriorConfig
+from armchair.prior.transformer import Prior, PriorConfig, PromptCache
 from armchair.runtime import pick_device
 from armchair.sample.engine import WEIGHTS, Engine, default_weights
 from armchair.sample.generate import (
@@ -166,6 +166,21 @@ class Drawing:
         }
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """What is to be drawn, checked. `forced` holds codes (S, S) that are given, FREE elsewhere; `original` is uint8
+    (R, R, 3), whose pixels stay outside the rectangle."""
+
+    prompt: str
+    candidates: list[int]
+    keep: int
+    seed: int
+    settings: Settings
+    rectangle: Rectangle | None = None
+    forced: np.ndarray | None = None
+    original: np.ndarray | None = None
+
+
 class Artist:
     """A bundle ready to draw. Weights are read from 16 bits, or the prior's from eight where it was exported so.
 
@@ -287,17 +302,25 @@ class Artist:
         finished: each as it is without. `progress` is told now and then how many candidates are drawn, and of how many.
         Raises RequestError for anything out of range, and for `halve` where there is no ranker.
         """
-        check_prompt(prompt)
-        seed = _whole("seed", seed, 0, MAX_SEED)
         if halve:
             self._check_ranks()
-        chosen, most = self._candidates(candidates, keep)
-        settings = self._settings(temperature, top_k, top_p, min_p, guidance)
+        plan = self.plan(
+            prompt,
+            candidates=candidates,
+            keep=keep,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance=guidance,
+        )
         if halve:
-            chosen, codes = self._draw_halved(prompt, chosen, seed, settings, keep or 0, progress)
+            chosen, codes = self._draw_halved(plan, keep or 0, progress)
+            plan = replace(plan, candidates=chosen)
         else:
-            codes = self._draw(prompt, chosen, seed, settings, progress=progress)
-        return self._drawing(prompt, chosen, seed, settings, codes, keep=most)
+            codes = self._draw(prompt, plan.candidates, plan.seed, plan.settings, progress=progress)
+        return self._drawing(plan, codes)
 
     def draw_each(self, prompts: Sequence[str], *, seed: int = 0, first: int = 0) -> list[Image.Image]:
         """One picture a prompt, drawn together; that of prompt i is what `draw` has as its candidate `first` + i.
@@ -356,18 +379,21 @@ class Artist:
         that is kept instead; by default it is 0.5. An image of another size is cut square and resized first.
         The codes of all cells that meet the rectangle are drawn, the others given. Raises as `draw`.
         """
-        check_prompt(prompt)
-        seed = _whole("seed", seed, 0, MAX_SEED)
-        rectangle = _rectangle(redraw, keep_top, self.resolution)
-        chosen, keep = self._candidates(candidates, keep)
-        settings = self._settings(temperature, top_k, top_p, min_p, guidance)
-        original = square_of(image, self.resolution)
-        forced = self._encode([original])[0]
-        x, y, x2, y2 = rectangle
-        cell = self.resolution // self.grid
-        forced[y // cell : math.ceil(y2 / cell), x // cell : math.ceil(x2 / cell)] = FREE
-        codes = self._draw(prompt, chosen, seed, settings, forced, progress)
-        return self._drawing(prompt, chosen, seed, settings, codes, rectangle, forced, original, keep=keep)
+        plan = self.plan(
+            prompt,
+            image=image,
+            redraw=_rectangle(redraw, keep_top, self.resolution),
+            candidates=candidates,
+            keep=keep,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance=guidance,
+        )
+        codes = self._draw(prompt, plan.candidates, plan.seed, plan.settings, plan.forced, progress)
+        return self._drawing(plan, codes)
 
     def redraw(self, path: str | Path) -> Drawing:
         """Draw the picture in a PNG once more from its record, bit for bit.
@@ -402,17 +428,17 @@ class Artist:
                 f"{path}: {different} of {recorded.size} codes come out differently here; it was drawn on "
                 "another device, or with another version of PyTorch"
             )
-        drawing = self._drawing(
-            record.prompt,
-            chosen,
-            record.seed,
-            record.settings,
-            codes,
-            record.rectangle,
-            forced,
-            original,
-            rank=False,  # the recorded score stays, so that the same file comes out
+        plan = Plan(
+            prompt=record.prompt,
+            candidates=chosen,
+            keep=1,
+            seed=record.seed,
+            settings=record.settings,
+            rectangle=record.rectangle,
+            forced=forced,
+            original=original,
         )
+        drawing = self._drawing(plan, codes, rank=False)  # the recorded score stays, so that the same file comes out
         return replace(
             drawing, model=record.model, scores=[record.score], ranker=record.ranker, weights=record.weights
         )
@@ -448,6 +474,100 @@ class Artist:
         if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= k:
             raise RequestError(f"codes: expected whole numbers from 0 to {k - 1}")
         return self._decode(codes.astype(np.int64))
+
+    # The steps of drawing one by one, for whoever draws for several at once.
+
+    def plan(
+        self,
+        prompt: str,
+        *,
+        image: Image.Image | None = None,
+        redraw: Rectangle | None = None,
+        candidates: int = 4,
+        keep: int | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        guidance: float | None = None,
+    ) -> Plan:
+        """What `draw` would draw, or with an image and a rectangle `complete`. Raises as these."""
+        check_prompt(prompt)
+        seed = _whole("seed", seed, 0, MAX_SEED)
+        chosen, keep = self._candidates(candidates, keep)
+        settings = self._settings(temperature, top_k, top_p, min_p, guidance)
+        if (image is None) != (redraw is None):
+            raise RequestError("to complete a picture, give both the image and the rectangle to redraw")
+        plan = Plan(prompt=prompt, candidates=chosen, keep=keep, seed=seed, settings=settings)
+        if image is None or redraw is None:
+            return plan
+        x, y, x2, y2 = redraw = _rectangle(redraw, None, self.resolution)
+        original = square_of(image, self.resolution)
+        forced = self._encode([original])[0]
+        cell = self.resolution // self.grid
+        forced[y // cell : math.ceil(y2 / cell), x // cell : math.ceil(x2 / cell)] = FREE
+        return replace(plan, rectangle=redraw, forced=forced, original=original)
+
+    def read_prompt(self, prompt: str) -> PromptCache:
+        """The state of a prompt that was read, of one row."""
+        return read_prompts(self.decoder(), self._tokens(prompt))
+
+    @functools.cached_property
+    def empty_prompt(self) -> PromptCache:
+        """That of no prompt, which guidance pushes away from."""
+        return read_prompts(self.decoder(), null_text(1, self.shape, self.device))
+
+    def pictures(
+        self, plans: Sequence[Plan], codes: np.ndarray, rows: Sequence[int] | None = None
+    ) -> list[Image.Image]:
+        """Picture i of plan i, from codes (n, S, S), of which the first `rows[i]` rows are drawn and the rest is grey.
+
+        A picture's bytes do not depend on which others are made with it. n may be 0.
+        """
+        if not len(codes):
+            return []
+        images = self._decode(codes)
+        for i, (image, plan) in enumerate(zip(images, plans, strict=True)):
+            if rows is not None and rows[i] < self.grid:
+                image.paste(UNDRAWN, (0, rows[i] * (self.resolution // self.grid), self.resolution, self.resolution))
+            if plan.rectangle is not None and plan.original is not None:
+                images[i] = _keep_outside(image, plan.original, plan.rectangle)
+        return images
+
+    def scores(self, plans: Sequence[Plan], images: Sequence[Image.Image]) -> list[float | None]:
+        """What the ranker says of each picture for the prompt of its plan, None where nothing ranks."""
+        if self.ranker is None or not images:
+            return [None] * len(images)
+        return list(self.ranker.score(images, [plan.prompt for plan in plans]))
+
+    def drawing(
+        self,
+        plan: Plan,
+        codes: np.ndarray,
+        images: Sequence[Image.Image],
+        scores: Sequence[float | None],
+        candidates: Sequence[int] | None = None,
+    ) -> Drawing:
+        """The best `keep` of pictures, best first; `candidates` says which these are, all of the plan's by default."""
+        candidates = plan.candidates if candidates is None else candidates
+        order = sorted(range(len(images)), key=lambda i: -(scores[i] or 0.0))  # stable: of equal ones the first drawn
+        order = order[: plan.keep]
+        return Drawing(
+            prompt=plan.prompt,
+            images=[images[i] for i in order],
+            scores=[scores[i] for i in order],
+            seeds=[plan.seed] * len(order),
+            candidates=[candidates[i] for i in order],
+            codes=codes[order],
+            settings=plan.settings,
+            bundle=self.id,
+            model=self.model,
+            ranker=None if self.ranker is None or self.ranker.id == self.id else self.ranker.id,
+            rectangle=plan.rectangle,
+            forced=plan.forced,
+            weights=self.weights,
+        )
 
     def _candidates(self, candidates: int, keep: int | None) -> tuple[list[int], int]:
         """Which candidates to draw, and how many of them to keep."""
@@ -497,19 +617,14 @@ class Artist:
         return codes.cpu().numpy()
 
     def _draw_halved(
-        self,
-        prompt: str,
-        candidates: list[int],
-        seed: int,
-        settings: Settings,
-        keep: int,
-        progress: Callable[[int, int], None] | None,
+        self, plan: Plan, keep: int, progress: Callable[[int, int], None] | None
     ) -> tuple[list[int], np.ndarray]:
         """The candidates whose upper halves the ranker finds better, half of them or `keep`, and their codes.
 
         The halves are all that is held of the others, and what is kept of them is read again at once, so that memory
         is bounded however many there are.
         """
+        prompt, candidates, seed, settings = plan.prompt, plan.candidates, plan.seed, plan.settings
         count, rows = len(candidates), math.ceil(self.grid / 2)
         left = max(keep, math.ceil(count / 2))
         work = count + left  # halves
@@ -555,48 +670,16 @@ class Artist:
                 (partial,) = to_pil(self._pixels(codes))
                 partial.paste(UNDRAWN, (0, finished * cell, self.resolution, self.resolution))
                 yield partial
-        drawing = self._drawing(prompt, [0], seed, settings, codes.cpu().numpy())
+        plan = Plan(prompt=prompt, candidates=[0], keep=1, seed=seed, settings=settings)
+        drawing = self._drawing(plan, codes.cpu().numpy())
         yield drawing.images[0].copy()
         yield drawing
 
-    def _drawing(
-        self,
-        prompt: str,
-        candidates: list[int],
-        seed: int,
-        settings: Settings,
-        codes: np.ndarray,
-        rectangle: Rectangle | None = None,
-        forced: np.ndarray | None = None,
-        original: np.ndarray | None = None,
-        keep: int | None = None,
-        rank: bool = True,
-    ) -> Drawing:
-        images = self._decode(codes)
-        if rectangle is not None and original is not None:
-            images = [_keep_outside(image, original, rectangle) for image in images]
-        scores: list[float | None] = [None] * len(images)
-        order = list(range(len(images)))
-        if rank and self.ranker is not None:
-            ranked = self.ranker.rank(images, prompt)
-            order.sort(key=lambda i: -ranked[i])  # stable: of equal ones the first drawn comes first
-            scores = list(ranked)
-        order = order[:keep]
-        return Drawing(
-            prompt=prompt,
-            images=[images[i] for i in order],
-            scores=[scores[i] for i in order],
-            seeds=[seed] * len(order),
-            candidates=[candidates[i] for i in order],
-            codes=codes[order],
-            settings=settings,
-            bundle=self.id,
-            model=self.model,
-            ranker=None if self.ranker is None or self.ranker.id == self.id else self.ranker.id,
-            rectangle=rectangle,
-            forced=forced,
-            weights=self.weights,
-        )
+    def _drawing(self, plan: Plan, codes: np.ndarray, rank: bool = True) -> Drawing:
+        plans = [plan] * len(codes)
+        images = self.pictures(plans, codes)
+        scores = self.scores(plans, images) if rank else [None] * len(images)
+        return self.drawing(plan, codes, images, scores)
 
     @torch.inference_mode()
     def _encode(self, squares: list[np.ndarray]) -> np.ndarray:

@@ -51,6 +51,15 @@ class Ranker:
         pictures, (text,) = self.embed_images(images), self.embed_texts([prompt])
         return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
 
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """`rank` of each image for a prompt of its own: the same scores, with a text that comes again read once."""
+        distinct = list(dict.fromkeys(prompts))
+        for prompt in distinct:
+            check_prompt(prompt)
+        texts = dict(zip(distinct, self.embed_texts(distinct), strict=True))
+        pairs = zip(self.embed_images(images), prompts, strict=True)
+        return [float(picture @ texts[prompt]) for picture, prompt in pairs]
+
     def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Where images lie in the shared space, (B, E) float32 of length one. Raises as `rank`."""
         size = self.model.config.image.resolution
