@@ -26,7 +26,7 @@ from armchair.serve.command import command_of
 from armchair.serve.history import PAGE, Entry, History, Kept
 from armchair.serve.look import Look, look_inside
 from armchair.serve.prompt_grid import MAX_COMBINATIONS, PromptGrid, parse_prompt
-from armchair.serve.service import Busy, DrawRequest, Event, Finished, Partial, Queued, Service, UnknownModel
+from armchair.serve.service import Busy, DrawRequest, Event, Finished, Partial, Queued, Service
 
 MAX_BODY = 256 << 10  # bytes of a request
 MAX_DROPPED = 8 << 20  # bytes of a PNG that is dropped on the page
@@ -238,7 +238,7 @@ def make_router(service: Service, history: History, ballot: Ballot | None = None
     router = APIRouter()
     router.get("/", include_in_schema=False)(page)
     router.get("/studio/static/{name}")(static)
-    guarded = {"dependencies": [Depends(own_page_only)]}
+    guarded: dict[str, Any] = {"dependencies": [Depends(own_page_only)]}
     router.get("/studio/about", **guarded)(about)
     router.post("/studio/choices", **guarded)(choices)
     router.post("/studio/draw", **guarded)(draw)
@@ -378,10 +378,10 @@ def _take_in(history: History, png: str) -> Entry:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=["PNG"])
-            if max(image.size) > MAX_SIDE:
-                raise RequestError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_SIDE} are read")
-            image = image.convert("RGB")
+            file = Image.open(io.BytesIO(data), formats=["PNG"])
+            if max(file.size) > MAX_SIDE:
+                raise RequestError(f"{name}: {file.width} x {file.height} pixels; at most {MAX_SIDE} are read")
+            image = file.convert("RGB")
     except RequestError:
         raise
     except Exception:  # Pillow raises a dozen kinds for broken files
