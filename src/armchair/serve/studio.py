@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from PIL import Image
 
 from armchair import __version__
@@ -20,7 +21,7 @@ from armchair.config import from_dict, to_dict
 from armchair.errors import ArmchairError, RequestError
 from armchair.eval.ballot import Ballot
 from armchair.sample.next_token import Settings
-from armchair.sample.pipeline import MAX_SEED, Artist, Drawing, Record
+from armchair.sample.pipeline import MAX_SEED, UNDRAWN, Artist, Drawing, Record
 from armchair.sample.png import png_bytes, record_in, slug
 from armchair.serve.command import command_of
 from armchair.serve.history import PAGE, Entry, History, Kept
@@ -315,9 +316,16 @@ def _message(cell: int, event: Event, request: DrawRequest) -> str:
         return _sent("queued", {"cell": cell, "position": event.position, "words": _place_in_words(event.position)})
     if isinstance(event, Partial):
         images = [_url(_kept_around(image, request)) for image in event.images]
-        return _sent("partial", {"cell": cell, "rows": event.rows, "of": event.of, "images": images})
+        drawn = [_drawn(image) for image in event.images] if request.image is None else [1.0] * len(images)
+        return _sent("partial", {"cell": cell, "rows": event.rows, "of": event.of, "images": images, "drawn": drawn})
     drawing = event.drawing
     return _sent("cell", {"cell": cell, "image": _url(drawing.images[0]), "score": drawing.scores[0]})
+
+
+def _drawn(image: Image.Image) -> float:
+    """The share of a partial picture's height that is drawn."""
+    drawn = (np.asarray(image) != UNDRAWN).any((1, 2)).nonzero()[0]
+    return float(drawn[-1] + 1) / image.height if len(drawn) else 0.0
 
 
 def _place_in_words(position: int) -> str:
@@ -466,8 +474,6 @@ def _model_flag(service: Service, name: str, local: bool) -> str | None:
 
 
 def _look(artist: Artist, record: Record) -> Look:
-    import numpy as np
-
     try:
         codes = np.array(record.codes)
     except ValueError:

@@ -24,6 +24,7 @@ export function start() {
 export function leave() {
   asked += 1;
   look = null;
+  at("frame").classList.remove("dimmed");
   at("cells").hidden = true;
   at("cells").replaceChildren();
 }
@@ -133,10 +134,11 @@ function paint() {
     at("look-note").textContent = look.alone ? "Each code as it looks alone, without its neighbours." : "A colour for each code; the same colour is the same code.";
   }
   const plain = kind === "words" && word === null;
+  at("frame").classList.toggle("dimmed", kind !== "codes" && !plain);
   cells.forEach((place, i) => {
     place.style.background = kind === "codes"
       ? look.alone ? "" : `hsl(${codes[i] * 137.5 % 360} 60% ${35 + codes[i] * 7 % 40}%)`
-      : plain ? "" : `color-mix(in srgb, var(--hot) ${Math.round(92 * heat(i))}%, var(--cold))`;
+      : plain ? "" : `color-mix(in srgb, var(--hot) ${Math.round(94 * heat(i))}%, transparent)`;
     place.classList.toggle("chosen", i === cell);
     place.setAttribute("aria-label", `row ${Math.floor(i / n) + 1}, column ${i % n + 1}, code ${codes[i]}, ${bits[i].toFixed(1)} bits`);
   });

@@ -62,16 +62,16 @@ export function begin(prompt, number, choices, prompts) {
   const tiles = Array.from({length: many}, (_, i) => tile(choices.length ? prompts[i] : `picture ${i + 1}`));
   place(choices, tiles);
   at("pictures").dataset.state = "drawing";
-  const grow = (one, url, rows, of) => {
+  const grow = (one, url, drawn) => {
     one.image.src = url;
-    one.image.style.clipPath = `inset(0 0 ${100 - 100 * rows / of}% 0)`;
+    one.image.style.clipPath = `inset(0 0 ${100 - 100 * drawn}% 0)`;
   };
   return {
-    partial({cell, rows, of, images}) {
-      if (choices.length) grow(tiles[cell], images[0], rows, of);
-      else images.forEach((url, i) => tiles[i] && grow(tiles[i], url, of, of));
+    partial({cell, images, drawn}) {
+      if (choices.length) grow(tiles[cell], images[0], drawn[0]);
+      else images.forEach((url, i) => tiles[i] && grow(tiles[i], url, drawn[i]));
     },
-    cell(told) { grow(tiles[told.cell], told.image, 1, 1); },
+    cell(told) { grow(tiles[told.cell], told.image, 1); },
   };
 }
 

@@ -157,6 +157,7 @@ function showRegion() {
   box.hidden = !on;
   if (!on) return;
   mark.hidden = !region;
+  box.classList.toggle("chosen", at("alternatives").querySelector("button") !== null);
   at("redraw").disabled = !region || Boolean(running);
   if (!region) {
     box.setAttribute("aria-label", "Region to draw anew: none yet. Press an arrow key to make one, or drag.");
@@ -185,6 +186,8 @@ function dragging() {
     box.focus();
     box.setPointerCapture(event.pointerId);
     from = cell(event);
+    at("alternatives").replaceChildren();
+    at("redraw-status").textContent = "";
     span(from);
   });
   box.addEventListener("pointermove", event => { if (from) span(cell(event)); });
@@ -215,6 +218,7 @@ async function redraw() {
   running = new AbortController();
   at("redraw").hidden = true;
   at("redraw-stop").hidden = false;
+  at("redraw-stop").focus();
   const places = Array.from({length: 4}, () => make("img", {alt: ""}));
   at("alternatives").replaceChildren(...places.map(image => make("span", {class: "tile"}, image)));
   const asked = {...studio.settings(), prompt, candidates: 4, seed: String(crypto.getRandomValues(new Uint32Array(1))[0] % 1000000),
