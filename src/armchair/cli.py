@@ -524,6 +524,60 @@ def export(args: argparse.Namespace) -> None:
     say(f"{args.bundle} in {args.format} -> {out}; armchair draw PROMPT --model {out} draws the same codes")
 
 
+def serve(args: argparse.Namespace) -> None:
+    # What threads of PyTorch do while they wait is decided when it is loaded: not to burn what others could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with _opening():
+        try:
+            import fastapi  # noqa: F401
+            import python_multipart  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError:
+            raise RequestError("serving needs more packages: pip install 'armchair[serve]'") from None
+        import torch
+
+        from armchair.serve.app import Config, data_folder, run
+        from armchair.serve.guard import MIB
+        from armchair.serve.keys import Keys, add_key
+        from armchair.serve.models import GIB, Models
+        from armchair.serve.service import Service
+
+    file = None if args.api_key_file is None else Path(args.api_key_file)
+    if args.add_key is not None:
+        if file is None:
+            raise RequestError("--add-key NAME needs --api-key-file FILE, to which the key's hash is added")
+        print(add_key(file, args.add_key))
+        say(f"this key is shown once; its hash is in {file}")
+        return
+    config = Config(
+        host=args.host,
+        port=args.port,
+        keys=None if file is None else Keys.read(file),
+        allow_hosts=tuple(args.allow_host),
+        allow_origins=tuple(args.allow_origin),
+        body=args.max_body * MIB,
+        data=data_folder() if args.data is None else Path(args.data),
+        ballot=None if args.ballot is None else Path(args.ballot),
+        grace=args.grace,
+    )
+    aliases = {}
+    for item in args.alias:
+        alias, equals, name = item.partition("=")
+        if not (alias and equals and name):
+            raise RequestError(f"--alias {item!r}: expected NAME=MODEL, such as dall-e-3=emoji")
+        aliases[alias] = name
+    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2))
+    models = Models(
+        args.model,
+        aliases=aliases,
+        memory=int(args.memory * GIB),
+        device=args.device,
+        weights=args.weights,
+        queue=args.queue,
+    )
+    run(Service(models, candidates=args.max_candidates), config, say)
+
+
 def data_overlap(args: argparse.Namespace) -> None:
     from armchair.data.sources import DataConfig, open_source
     from armchair.eval.overlap import find_overlap
@@ -861,6 +915,61 @@ def _export_flags(p: argparse.ArgumentParser) -> None:
 BENCH_SIZES = ("text", "grid", "text_vocab", "codebook", "width", "depth", "heads", "threads")
 
 
+def _serve_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="M",
+        help="bundle directory or .zip, bundled name or hub id, or NAME=M; several, the first is the default",
+    )
+    p.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name for a model, for clients that have one built in: dall-e-3=emoji",
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=_whole(1, 65535), default=8000, help="default: 8000")
+    p.add_argument(
+        "--api-key-file", metavar="F", help="ask for a key of this file, NAME:SHA256 a line; a must for other hosts"
+    )
+    p.add_argument("--add-key", metavar="NAME", help="make a key, add its hash to the file, print it, and end")
+    p.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name that requests may be addressed to (default: this machine's; with another --host any)",
+    )
+    p.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this site ask, such as https://example.org (default: none)",
+    )
+    p.add_argument("--data", metavar="DIR", help="where the page keeps its history (default: your data folder)")
+    p.add_argument("--ballot", metavar="FILE", help="a ballot.sqlite of armchair evaluate --human, to vote on")
+    p.add_argument(
+        "--queue", type=_whole(1, 100_000), default=64, metavar="N", help="requests a model that may wait (default: 64)"
+    )
+    p.add_argument(
+        "--max-candidates", type=_whole(1, 4096), default=512, metavar="N", help="of one request (default: 512)"
+    )
+    p.add_argument("--max-body", type=_whole(1, 1024), default=32, metavar="MIB", help="of a form (default: 32)")
+    p.add_argument(
+        "--memory", type=_number, default=4.0, metavar="GIB", help="of models that are open at a time (default: 4)"
+    )
+    p.add_argument("--threads", type=_whole(1, 1024), metavar="N", help="that draw (default: half of the cores)")
+    p.add_argument(
+        "--grace", type=_number, default=30.0, metavar="S", help="seconds to finish in when stopped (default: 30)"
+    )
+    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+    _weights_flag(p)
+
+
 def _bench_flags(p: argparse.ArgumentParser, batches: list[int]) -> None:
     from armchair.bench.shape import Job
 
@@ -999,6 +1108,15 @@ COMMANDS = {
         "write a bundle in a form that is smaller and opens sooner",
         "armchair export emoji --format int8 --out emoji-int8\n"
         'armchair draw "a red apple" --model emoji-int8',
+    ),
+    "serve": Command(
+        serve,
+        _serve_flags,
+        "serve models over HTTP: an API in the shape of OpenAI's Images, and a page",
+        "armchair serve\n"
+        "armchair serve --model emoji --model mine=runs/mine/bundle --alias dall-e-3=emoji\n"
+        "armchair serve --api-key-file keys.txt --add-key anna\n"
+        "armchair serve --host 0.0.0.0 --api-key-file keys.txt",
     ),
     "info": Command(
         info,

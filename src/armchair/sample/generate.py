@@ -184,7 +184,7 @@ class MicroBatch:
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order; the others are not wanted any more. Rows have to be independent."""
+        """Go on with these rows alone, in this order; others are not wanted any more. Rows have to be independent."""
         index = torch.tensor(rows, device=self.codes.device)
         both = torch.cat([index, index + self.rows]) if self.guided else index
         self.uniforms, self.forced, self.codes = self.uniforms[index], self.forced[index], self.codes[index]

@@ -379,6 +379,7 @@ class Artist:
         that is kept instead; by default it is 0.5. An image of another size is cut square and resized first.
         The codes of all cells that meet the rectangle are drawn, the others given. Raises as `draw`.
         """
+        check_prompt(prompt)
         plan = self.plan(
             prompt,
             image=image,
@@ -492,8 +493,13 @@ class Artist:
         min_p: float | None = None,
         guidance: float | None = None,
     ) -> Plan:
-        """What `draw` would draw, or with an image and a rectangle `complete`. Raises as these."""
-        check_prompt(prompt)
+        """What `draw` would draw, or with an image and a rectangle `complete`. Raises as these.
+
+        An image can be completed with an empty prompt too: as the model goes on where it is told nothing. Nothing is
+        ranked then.
+        """
+        if prompt or image is None:
+            check_prompt(prompt)
         seed = _whole("seed", seed, 0, MAX_SEED)
         chosen, keep = self._candidates(candidates, keep)
         settings = self._settings(temperature, top_k, top_p, min_p, guidance)
@@ -508,6 +514,11 @@ class Artist:
         cell = self.resolution // self.grid
         forced[y // cell : math.ceil(y2 / cell), x // cell : math.ceil(x2 / cell)] = FREE
         return replace(plan, rectangle=redraw, forced=forced, original=original)
+
+    def reads(self, prompt: str) -> tuple[str, int]:
+        """What of a prompt the model reads, lower-cased and cut as its text tokenizer has it, and how many tokens."""
+        (row,) = self.text_tokenizer.encode([prompt], self.shape.text_length, warn=False)
+        return self.text_tokenizer.decode(row), int((row != self.text_tokenizer.pad_id).sum())
 
     def read_prompt(self, prompt: str) -> PromptCache:
         """The state of a prompt that was read, of one row."""
@@ -537,9 +548,13 @@ class Artist:
 
     def scores(self, plans: Sequence[Plan], images: Sequence[Image.Image]) -> list[float | None]:
         """What the ranker says of each picture for the prompt of its plan, None where nothing ranks."""
-        if self.ranker is None or not images:
-            return [None] * len(images)
-        return list(self.ranker.score(images, [plan.prompt for plan in plans]))
+        scores: list[float | None] = [None] * len(images)
+        told = [i for i, plan in enumerate(plans) if plan.prompt]
+        if self.ranker is not None and told:
+            found = self.ranker.score([images[i] for i in told], [plans[i].prompt for i in told])
+            for i, score in zip(told, found, strict=True):
+                scores[i] = score
+        return scores
 
     def drawing(
         self,
@@ -805,7 +820,8 @@ def _parse_record(path: Path) -> Record:
         raise RequestError(f"{path}: only single pictures can be drawn again, this is a {data.get('kind')!r}")
     try:
         record = from_dict(Record, data)
-        check_prompt(record.prompt)
+        if record.prompt or record.kind == "draw":
+            check_prompt(record.prompt)
         _whole("seed", record.seed, 0, MAX_SEED)
         _whole("candidate", record.candidate, 0, MAX_CANDIDATES - 1)
     except RequestError as error:

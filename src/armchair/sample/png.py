@@ -30,7 +30,10 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any], *, force: b
     Raises RequestError where the file is there already (without `force`) or cannot be written, and WorkError
     on a full disk.
     """
-    png = png_bytes(image, record, path)
+    try:
+        png = png_bytes(image, record)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
     temporary = path.parent / f".armchair-{uuid.uuid4().hex}.tmp"
     reserved = False
     try:
@@ -57,13 +60,14 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any], *, force: b
                 path.unlink()
 
 
-def png_bytes(image: Image.Image, record: dict[str, Any], name: str | Path = "picture") -> bytes:
-    """A PNG of `image` with `record` in an iTXt chunk. Raises RequestError, naming it `name`, for too large a record."""
-    text = json.dumps(record, separators=(",", ":"))  # ASCII, so that any prompt fits, lone surrogates too
-    if len(text) > MAX_RECORD:
-        raise RequestError(f"{name}: the record has {len(text)} bytes, at most {MAX_RECORD} fit in a picture")
+def png_bytes(image: Image.Image, record: dict[str, Any] | None) -> bytes:
+    """A PNG file with `record` in it, or without one. Raises RequestError for a record that is too large."""
     info = PngInfo()
-    info.add_itxt(KEYWORD, text)
+    if record is not None:
+        text = json.dumps(record, separators=(",", ":"))  # ASCII, so that any prompt fits, lone surrogates too
+        if len(text) > MAX_RECORD:
+            raise RequestError(f"the record has {len(text)} bytes, at most {MAX_RECORD} fit in a picture")
+        info.add_itxt(KEYWORD, text)
     png = io.BytesIO()
     image.save(png, "PNG", pnginfo=info)
     return png.getvalue()

@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Models:
                 raise RequestError(f"alias {alias!r}: unknown model {name!r}: {nearest(name, self.sources)}")
             self.aliases[alias] = name
         self.created = int(time.time())
-        self._opening = threading.Lock()
+        self._opening, self._guard = threading.Lock(), threading.Lock()  # the first is taken before the second
         self._drawers: dict[str, Drawer] = {}  # the least lately used first
 
     def names(self) -> list[str]:
@@ -90,6 +90,10 @@ class Models:
             raise UnknownModel(f"there is no model {said} here; GET /v1/models lists those that are served")
         return known
 
+    def resolution(self, name: str | None) -> int:
+        """The side of a picture in pixels, of a bundle that need not be open. Raises UnknownModel."""
+        return int(self.sources[self.resolve(name)].bundle.info["recipe"]["image_tokenizer"]["resolution"])
+
     def artist(self, name: str | None = None) -> Artist:
         """The model's artist, opened where it is not yet, which takes a while. Raises as `drawer`."""
         return self.drawer(name).artist
@@ -100,16 +104,27 @@ class Models:
         Raises UnknownModel, and Busy where others would have to be closed for it and are drawing.
         """
         known = self.resolve(name)
+        if (drawer := self.open_drawer(known)) is not None:
+            return drawer
         with self._opening:
-            drawer = self._drawers.pop(known, None)
-            if drawer is None:
+            if (drawer := self.open_drawer(known)) is None:
                 drawer = self._open(self.sources[known])
-            self._drawers[known] = drawer  # the last now
+                with self._guard:
+                    self._drawers[known] = drawer
+            return drawer
+
+    def open_drawer(self, known: str) -> Drawer | None:
+        """The drawing thread of a model, by its own name, where it is open; it is then the last that was used."""
+        with self._guard:
+            drawer = self._drawers.pop(known, None)
+            if drawer is not None:
+                self._drawers[known] = drawer
             return drawer
 
     def opened(self) -> dict[str, Drawer]:
         """The drawing threads of bundles that are open."""
-        return dict(self._drawers)
+        with self._guard:
+            return dict(self._drawers)
 
     def describe(self) -> list[dict[str, Any]]:
         """What is served, a line a model, the default first."""
@@ -141,17 +156,22 @@ class Models:
         """Stop all drawing threads, each after what it has been asked for or after so many seconds."""
         ends = time.monotonic() + seconds
         with self._opening:
-            for drawer in self._drawers.values():
+            drawers = self.opened().values()
+            for drawer in drawers:
                 drawer.stop_taking()
-            for drawer in self._drawers.values():
+            for drawer in drawers:
                 drawer.close(max(0.0, ends - time.monotonic()))
 
     def _open(self, source: Source) -> Drawer:
-        while (used := sum(self.sources[n].size for n in self._drawers)) and used + source.size > self.memory:
-            idle = next((n for n, drawer in self._drawers.items() if drawer.idle), None)
+        while opened := self.opened():
+            if sum(self.sources[name].size for name in opened) + source.size <= self.memory:
+                break
+            idle = next((name for name, drawer in opened.items() if drawer.idle), None)
             if idle is None:
                 raise Busy(f"model {source.name!r} has to wait until another one can be closed for it", 5.0)
-            self._drawers.pop(idle).close(0.0)
+            with self._guard:
+                del self._drawers[idle]
+            opened[idle].close(0.0)
         artist = Artist(source.bundle, device=self.device, model=source.name, weights=self.weights)
         return Drawer(artist, queue=self.queue, pictures=self.pictures)
 

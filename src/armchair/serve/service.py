@@ -50,6 +50,7 @@ class Service:
 
     def __init__(self, models: Models, *, candidates: int = MAX_CANDIDATES):
         self.models, self.candidates = models, candidates
+        self._closing = False
 
     async def draw(self, request: DrawRequest, *, partials: bool = False) -> AsyncIterator[Event]:
         """Where the request stands, with `partials` how its pictures grow, and at last the drawing.
@@ -58,18 +59,24 @@ class Service:
         server ends: what is known at once, before the first event. When the iterator is closed the request is given up,
         and its places are free at the next step. The same request gives the same bytes, whoever shares the batch.
         """
-        check_prompt(request.prompt)
+        if request.prompt or request.image is None:
+            check_prompt(request.prompt)
         if request.candidates > self.candidates:
             raise RequestError(f"candidates: expected at most {self.candidates} here, got {request.candidates}")
-        drawer = await self._drawer(request.model)
         if request.image is not None:  # off the drawing thread, as it may be large
-            square = await asyncio.to_thread(square_of, request.image, drawer.artist.resolution)
+            side = self.models.resolution(request.model)
+            square = await asyncio.to_thread(square_of, request.image, side)
             make_plan = partial(_plan, request, Image.fromarray(square))
         else:
             make_plan = partial(_plan, request, None)
         mailbox = _Mailbox()
         job = Job(make_plan, mailbox.tell, size=max(1, request.candidates), partials=partials)
-        drawer.submit(job)
+
+        def submit(drawer: Drawer) -> Drawer:
+            drawer.submit(job)
+            return drawer
+
+        drawer = await self._taken(request.model, submit)
         try:
             while True:
                 event = await mailbox.next()
@@ -86,16 +93,28 @@ class Service:
 
         Raises UnknownModel, Busy, Stopping, and what the function raises.
         """
-        return await asyncio.wrap_future((await self._drawer(model)).call(function))
+        return await asyncio.wrap_future(await self._taken(model, lambda drawer: drawer.call(function)))
 
     async def close(self, seconds: float = 0.0) -> None:
         """Refuse what comes from now on, and finish what is there, for so many seconds at most."""
+        self._closing = True
         await asyncio.to_thread(self.models.close, seconds)
 
     async def _drawer(self, model: str | None) -> Drawer:
         name = self.models.resolve(model)
-        drawer = self.models.opened().get(name)
-        return drawer or await asyncio.to_thread(self.models.drawer, name)
+        if (drawer := self.models.open_drawer(name)) is not None:
+            return drawer
+        return await asyncio.to_thread(self.models.drawer, name)
+
+    async def _taken(self, model: str | None, take: Callable[[Drawer], T]) -> T:
+        """What `take` gives for the model's drawing thread; asked again where that was closed for another model."""
+        for _ in range(3):
+            drawer = await self._drawer(model)
+            with contextlib.suppress(Stopping):
+                return take(drawer)
+            if self._closing:
+                break
+        raise Stopping("the server is shutting down")
 
 
 def _plan(request: DrawRequest, image: Image.Image | None, artist: Artist) -> Plan:

@@ -141,7 +141,7 @@ class TextTokenizer:
         encoding = self._hf.encode(_valid(text))
         places: dict[int, list[int]] = {}
         for place, word in enumerate(encoding.word_ids[:length]):
-            places.setdefault(word, []).append(place)
+            places.setdefault(word or 0, []).append(place)
         return [(self.decode(encoding.ids[i] for i in word), word) for word in places.values()]
 
     def _encode_with_dropout(
