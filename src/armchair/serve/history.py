@@ -191,7 +191,10 @@ class History:
             store.execute("PRAGMA foreign_keys = ON")
             store.execute("PRAGMA secure_delete = ON")  # what is deleted leaves nothing behind
             with store:
-                yield store
+                try:
+                    yield store
+                except OverflowError:  # a number of more than 64 bits
+                    raise RequestError("there is no such number in the history") from None
 
 
 def _kept(row: sqlite3.Row) -> Kept:

@@ -124,10 +124,10 @@ function paint() {
     at("look-note").textContent = "How much each code surprised the model, given the words and the codes before it. Bright is surprising.";
     [at("scale-low").textContent, at("scale-high").textContent] = ["0 bits", `${top.toFixed(1)} bits`];
   } else if (kind === "words" && word !== null) {
-    const values = all().map(row => row[word]), top = Math.max(...values);
-    heat = i => values[i] / top;
+    const values = all().map(row => row[word]), top = Math.max(...values), low = Math.min(...values);
+    heat = i => (values[i] - low) / Math.max(top - low, 1e-9);
     at("look-note").textContent = `How much each code attended to “${look.words[word]}” as it was drawn.`;
-    [at("scale-low").textContent, at("scale-high").textContent] = ["0 %", `${(100 * top).toFixed(0)} %`];
+    [at("scale-low").textContent, at("scale-high").textContent] = [low, top].map(value => `${(100 * value).toFixed(1)} %`);
   } else if (kind === "words") {
     at("look-note").textContent = "Choose a code to see which words it attended to, or a word to see where it was attended to.";
   } else {

@@ -57,7 +57,7 @@ async function readChoices() {
   at("choices").textContent = wrong ?? (sizes.length > 1
     ? `${sizes.join(" × ")} = ${found.prompts.length} pictures, as a table` : `${found.prompts.length} pictures in a row`);
   at("count-legend").textContent = sizes.length ? "Best of" : "Pictures";
-  at("draw").textContent = sizes.length ? "Draw the table" : "Draw";
+  at("draw").textContent = sizes.length ? "Draw table" : "Draw";
   return wrong ? null : found;
 }
 
