@@ -11,14 +11,14 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import write_tiny_bundle
 from PIL import Image
-from serve.studio_app import studio
 
 from armchair.cli import main
 from armchair.eval.ballot import Ballot
 from armchair.sample.png import read_record
 from armchair.serve.studio import MAX_DROPPED
+from conftest import write_tiny_bundle
+from serve.studio_app import studio
 
 PROMPT = "a <b>red</b> circle"
 

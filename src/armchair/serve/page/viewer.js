@@ -44,7 +44,7 @@ export function open(found, at_) {
   choose("picture", false);
   fillIn();
   if (!at("viewer").open) at("viewer").showModal();
-  at("tab-picture").focus();
+  at("save").focus();
 }
 
 function fillIn() {
@@ -104,7 +104,8 @@ function keys(event) {
   }
   const run = {
     ArrowLeft: inside ? null : () => step(-1), ArrowRight: inside ? null : () => step(1),
-    s: save, c: copy, f: star, u: reuse, p: () => choose("picture"), r: () => choose("redraw"), i: () => choose("look"),
+    s: save, c: copy, f: star, u: reuse, p: () => { choose("picture", false); at("save").focus(); },
+    r: () => { choose("redraw", false); at("region").focus(); }, i: () => { choose("look", false); at("tab-look").focus(); },
     "?": () => at("shortcuts").showModal(),
   }[event.key];
   if (run) { event.preventDefault(); run(); }
