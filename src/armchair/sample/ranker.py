@@ -24,6 +24,8 @@ from armchair.text.bpe import TextTokenizer
 
 MAX_PROMPT = 10_000  # characters; what is left over a model's tokens is cut anyway
 
+TEXTS = 256  # whose places are remembered
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -41,6 +43,7 @@ class Ranker:
     ):
         self.model, self.id, self.device = model, id, device
         self._read_texts = read_texts
+        self._texts: dict[str, Tensor] = {}  # of `score`, the last ones, where they lie
 
     def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
         """Scores of images for a prompt, cosines in [-1, 1], higher is better.
@@ -52,13 +55,19 @@ class Ranker:
         return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """`rank` of each image for a prompt of its own: the same scores, with a text that comes again read once."""
-        distinct = list(dict.fromkeys(prompts))
-        for prompt in distinct:
+        """`rank` of each image for a prompt of its own: the same scores, bit for bit, with the images looked at together.
+
+        Texts are read one at a time, as a text's sums depend on those beside it, and the last ones are remembered.
+        """
+        for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)
-        texts = dict(zip(distinct, self.embed_texts(distinct), strict=True))
+            text = self._texts.pop(prompt, None)
+            self._texts[prompt] = self.embed_texts([prompt])[0] if text is None else text
         pairs = zip(self.embed_images(images), prompts, strict=True)
-        return [float(picture @ texts[prompt]) for picture, prompt in pairs]
+        scores = [float(picture @ self._texts[prompt]) for picture, prompt in pairs]
+        while len(self._texts) > TEXTS:
+            del self._texts[next(iter(self._texts))]
+        return scores
 
     def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Where images lie in the shared space, (B, E) float32 of length one. Raises as `rank`."""

@@ -38,7 +38,7 @@ from armchair.sample.generate import (
 from armchair.sample.next_token import Settings
 from armchair.sample.pipeline import UNDRAWN, Artist, Drawing, Plan
 
-ROWS = 2 * AT_ONCE  # candidates that are drawn at a time, for all requests together; more bring no more a second
+GROUPS = 4  # micro-batches that are drawn at a time; more bring no more pictures a second, but each costs
 SECONDS = 0.3  # a picture, as long as none was drawn
 
 log = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ class Drawer:
     finished.
     """
 
-    def __init__(self, artist: Artist, *, queue: int, pictures: int, rows: int = ROWS):
-        self.artist, self.queue, self.pictures, self.rows = artist, queue, pictures, rows
+    def __init__(self, artist: Artist, *, queue: int, pictures: int):
+        self.artist, self.queue, self.pictures = artist, queue, pictures
         self.decoder: Decoder = artist.decoder()
         self.at_once = AT_ONCE if self.decoder.independent_rows else MICRO_BATCH
         self.jobs: list[Job] = []  # all, in the order they came
@@ -300,30 +300,31 @@ class Drawer:
                 job.tell(told)
 
     def _fill(self) -> None:
-        """Begin candidates as there is room, requests by turns."""
-        room = self.rows - sum(len(group.rows) for group in self._groups)
-        while self._ring and room > 0:
-            room -= self._begin(min(room, self.at_once))
+        """Begin micro-batches as there is room, requests by turns.
 
-    def _begin(self, most: int) -> int:
-        """One micro-batch of the next requests that go together, of `most` candidates; how many it has."""
+        A request has rows in one at a time: more would not bring it more pictures a second, and one that asks for few
+        finds room beside those that ask for many.
+        """
+        while len(self._groups) < GROUPS and (waiting := [job for job in self._ring if job.begun == job.ended]):
+            self._begin(waiting)
+
+    def _begin(self, waiting: list[Job]) -> None:
+        """One micro-batch, of the first request that waits and of those after it that go together with it."""
         rows: list[Row] = []
-        first = self._ring[0]
-        for job in list(self._ring):
-            if rows and not _together(first, job):
+        for job in waiting:
+            if not _together(waiting[0], job):
                 continue
             assert job.plan is not None
-            count = min(most - len(rows), len(job.plan.candidates) - job.begun)
+            count = min(self.at_once - len(rows), len(job.plan.candidates) - job.begun)
             rows += [Row(job, job.begun + i) for i in range(count)]
             with self._changed:
                 job.begun += count
             self._ring.remove(job)
             if job.begun < len(job.plan.candidates):
                 self._ring.append(job)
-            if len(rows) == most:
+            if len(rows) == self.at_once:
                 break
         self._groups.append(Group(self._micro_batch(rows), rows))
-        return len(rows)
 
     def _micro_batch(self, rows: list[Row]) -> MicroBatch:
         decoder, device = self.decoder, self.decoder.device
