@@ -1,7 +1,7 @@
 """How well a shapes bundle's ranker tells captions apart, and what picking the best of N is worth.
 
     python benchmarks/shapes_ranker.py runs/shapes/bundle --json ranker.json
-    python benchmarks/shapes_ranker.py runs/shapes/bundle --best-of-only --temperature 1
+    python benchmarks/shapes_ranker.py runs/shapes/bundle --best-of-only --splits held-form-colour --temperature 1
 
 - retrieval: a rendered scene's own prompt among 100 prompts of other scenes that are false of it (those that happen to
   be true of it too are passed over): share that comes first, among the first 5, among the first 10.
@@ -102,14 +102,15 @@ def main() -> None:
     for name in DRAWING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")
     parser.add_argument("--best-of-only", action="store_true", help="leave retrieval and swaps out")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT", help="these alone")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     artist = load_artist(args.model)
     if (ranker := artist.ranker) is None:
         parser.error(f"{args.model} has no ranker")
     settings = {name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None}
-    jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in SPLITS}
-    for split in SPLITS:
+    jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in args.splits}
+    for split in args.splits:
         if 2 in COUNTS[split]:
             jobs[f"swapped {split}"] = lambda s=split: swapped(ranker, s, args.pictures, ATTRIBUTES, True)
             jobs[f"turned {split}"] = lambda s=split: swapped(ranker, s, args.pictures, SIDES, False)
@@ -117,6 +118,8 @@ def main() -> None:
         jobs.clear()
     if args.prompts:
         for split, objects in (("val", 2), ("held-form-colour", 1), ("held-form-colour", 2), ("held-relation-form", 2)):
+            if split not in args.splits:
+                continue
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
                 artist, s, o, args.prompts, args.most, settings
             )

@@ -19,6 +19,7 @@ from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import stream_loss
 from armchair.prior.transformer import Dropout, Prior, lookalikes
 from armchair.runtime import generator, stream_seed
+from armchair.sample.engine import Engine, default_weights
 from armchair.sample.generate import candidate_uniforms, draw_codes
 from armchair.sample.next_token import Settings
 from armchair.shapes.accuracy import Accuracy, judge
@@ -147,9 +148,11 @@ class PriorStage:
         settings = Settings(**{field.name: getattr(drawing, field.name) for field in fields(Settings)})
         different = list(dict.fromkeys(texts))  # a text is read once for all of its pictures
         tokens = torch.from_numpy(self.text_tokenizer.encode(different, self.recipe.text_tokenizer.length))
-        codes = draw_codes(model, tokens, [different.index(t) for t in texts], uniforms, settings)
         device = next(self.image_tokenizer.parameters()).device
-        images = [self.image_tokenizer.decode(chunk.to(device)).float() for chunk in codes.split(64)]
+        with torch.autocast(device.type, enabled=False):  # as a bundle draws, and its engine has precisions of its own
+            decoder = Engine(model.folded(), default_weights()) if device.type == "cpu" else model
+            codes = draw_codes(decoder, tokens, [different.index(t) for t in texts], uniforms, settings)
+            images = [self.image_tokenizer.decode(chunk.to(device)).float() for chunk in codes.split(64)]
         return codes, [image for chunk in images for image in to_pil(chunk)]
 
     def _warn_of_collapse(self, codes: Tensor) -> None:
