@@ -52,7 +52,8 @@ def service(running, url):
 def ask(url, path, data=None, headers=None, kind="application/json"):
     """Status, headers and body of an answer."""
     body = None if data is None else data if isinstance(data, bytes) else json.dumps(data).encode()
-    request = urllib.request.Request(url + path, body, {**({} if body is None else {"content-type": kind}), **(headers or {})})
+    told = {} if body is None else {"content-type": kind}
+    request = urllib.request.Request(url + path, body, {**told, **(headers or {})})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.headers, answer.read()
