@@ -11,7 +11,8 @@ from armchair.serve.history import History
 
 
 def add(history: History, prompt: str, count: int = 1, **told):
-    return history.add("draw", prompt, count, [(prompt, 0.5, b"png %d" % i) for i in range(count)], **told)
+    record = {"prompt": prompt, "score": 0.5}
+    return history.add("draw", prompt, count, [(record, b"png %d" % i) for i in range(count)], **told)
 
 
 def prompts(entries) -> list[str]:
@@ -28,14 +29,15 @@ def test_everything_is_there_after_a_restart(history):
     history.set_favourite(entry.pictures[1].id, True)
     (found,) = History(history.path).entries()
     assert found.id == entry.id and found.prompt == "a red apple" and found.candidates == 3
-    assert [picture.png for picture in found.pictures] == [b"png 0", b"png 1", b"png 2"]
+    assert [history.png(picture.id) for picture in found.pictures] == [b"png 0", b"png 1", b"png 2"]
+    assert found.pictures[0].record == {"prompt": "a red apple", "score": 0.5} and found.pictures[0].score == 0.5
     assert [picture.favourite for picture in found.pictures] == [False, True, False]
 
 
 def test_search_wants_all_words_in_any_order_and_takes_signs_for_themselves(history):
     for prompt in ("a red apple", "a green apple", "100% red", "snake_case"):
         add(history, prompt)
-    history.add("grid", "{red|blue} dog", 1, [("red dog", None, b""), ("blue dog", None, b"")])
+    history.add("grid", "{red|blue} dog", 1, [({"prompt": f"{colour} dog"}, b"") for colour in ("red", "blue")])
     assert prompts(history.entries("APPLE red")) == ["a red apple"]
     assert prompts(history.entries("100%")) == ["100% red"]
     assert prompts(history.entries("_")) == ["snake_case"]
@@ -53,9 +55,10 @@ def test_favourites_show_the_starred_pictures_alone(history):
 
 def test_deleted_is_gone_at_once_and_comes_back_until_a_restart(history):
     entry = add(history, "oops")
+    first = entry.pictures[0].id
     history.delete(entry.id)
     assert history.entries() == []
-    for ask in (history.entry, lambda _: history.picture(entry.pictures[0].id)):
+    for ask in (history.entry, lambda _: history.picture(first), lambda _: history.png(first)):
         with pytest.raises(RequestError, match="deleted"):
             ask(entry.id)
     history.restore(entry.id)
@@ -112,7 +115,7 @@ def test_other_files_are_refused_and_left_alone(tmp_path):
 
 
 def test_what_is_not_there_is_said(history):
-    for ask in (history.entry, history.picture, history.delete, history.restore):
+    for ask in (history.entry, history.picture, history.png, history.delete, history.restore):
         with pytest.raises(RequestError, match="there is no"):
             ask(7)
     with pytest.raises(RequestError, match="there is no picture 7"):

@@ -145,7 +145,7 @@ def test_enlarged_saved_and_copied(page, bundle):
 
 
 def test_stop_gives_up_the_place(page, service):
-    service.slow, service.given_up = 0.3, 0
+    service.slow, service.given_up = 1.0, 0
     page.fill("#prompt", "a circle")
     page.click("#draw")
     page.wait_for_selector("#status:has-text('Drawing')")
@@ -258,17 +258,26 @@ def test_a_dropped_png_brings_its_words_and_settings_back(page, bundle, tmp_path
     page.wait_for_selector("#problem:has-text('cat.gif: not a PNG')")
 
 
+LISTEN = """() => {
+  window.said = [];
+  const status = document.getElementById("status");
+  new MutationObserver(() => window.said.push(status.textContent)).observe(status, {childList: true});
+}"""
+
+
 def test_no_room_and_the_queue_are_told_in_words(page, service):
     service.busy = 3.0
     page.fill("#prompt", "a circle")
     page.click("#draw")
     page.wait_for_selector("#problem:has-text('Too much is being drawn right now. 16 requests are waiting already')")
     page.wait_for_selector("#again:disabled:has-text('Try again in')")
-    service.busy, service.queue, service.slow = None, (3, 1), 0.3
+    service.busy, service.queue, service.slow = None, (3, 1), 0.1
+    page.evaluate(LISTEN)
     page.click("#again:enabled")
-    page.wait_for_selector("#status:has-text('Waiting: 2 before yours')")
-    page.wait_for_selector("#status:has-text('Waiting: Yours is next')")
     page.wait_for_selector("#status:has-text('Done')")
+    said = page.evaluate("() => window.said")
+    places = ["Asking …", "Waiting: 2 before yours", "Waiting: Yours is next", "Drawing"]
+    assert said[:4] == places and said[-1].startswith("Done: 4 pictures")
     assert not page.locator("#problem").is_visible()
 
 

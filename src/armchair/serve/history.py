@@ -1,6 +1,7 @@
 """What was drawn in the studio, kept in one SQLite file: searched, starred, deleted, and there after a restart."""
 
 import contextlib
+import json
 import sqlite3
 import threading
 import time
@@ -23,22 +24,23 @@ CREATE TABLE entries (
 );
 CREATE TABLE pictures (
     id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER NOT NULL REFERENCES entries (id) ON DELETE CASCADE,
-    prompt TEXT NOT NULL, score REAL, png BLOB NOT NULL, favourite INTEGER NOT NULL DEFAULT 0
+    prompt TEXT NOT NULL, score REAL, record TEXT NOT NULL, favourite INTEGER NOT NULL DEFAULT 0, png BLOB NOT NULL
 );
 CREATE INDEX pictures_of ON pictures (entry);
 """
+_KEPT = "id, entry, prompt, score, favourite, record"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A picture of an entry. `png` is the file as it is saved, with its record."""
+    """A picture of an entry; its file is asked for by `History.png`. `record` is that of the file."""
 
     id: int
     entry: int
     prompt: str
     score: float | None
     favourite: bool
-    png: bytes
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +92,10 @@ class History:
         kind: str,
         prompt: str,
         candidates: int,
-        pictures: Sequence[tuple[str, float | None, bytes]],
+        pictures: Sequence[tuple[dict[str, Any], bytes]],
         parent: int | None = None,
     ) -> Entry:
-        """Keep pictures, each (prompt, score, PNG). Raises WorkError on a full disk."""
+        """Keep pictures, each its record and its PNG. Raises WorkError on a full disk."""
         now = time.time()
         with self._changes() as store:
             entry = store.execute(
@@ -101,8 +103,8 @@ class History:
                 (now, kind, prompt, candidates, parent),
             ).lastrowid
             store.executemany(
-                "INSERT INTO pictures (entry, prompt, score, png) VALUES (?, ?, ?, ?)",
-                [(entry, *picture) for picture in pictures],
+                "INSERT INTO pictures (entry, prompt, score, record, png) VALUES (?, ?, ?, ?, ?)",
+                [(entry, record["prompt"], record.get("score"), json.dumps(record), png) for record, png in pictures],
             )
             store.execute("DELETE FROM entries WHERE deleted < ?", (now - UNDO,))
             store.execute(
@@ -142,11 +144,22 @@ class History:
         """Raises RequestError where there is none, or it is deleted."""
         with self._store() as store:
             row = store.execute(
-                "SELECT p.* FROM pictures p JOIN entries e ON e.id = p.entry WHERE p.id = ? AND deleted IS NULL", (id,)
+                f"SELECT {_KEPT} FROM pictures WHERE id = ? "
+                "AND entry IN (SELECT id FROM entries WHERE deleted IS NULL)",
+                (id,),
             ).fetchone()
         if row is None:
             raise RequestError(f"there is no picture {id} in the history; it may have been deleted")
         return _kept(row)
+
+    def png(self, id: int) -> bytes:
+        """The file of a picture, as it is saved, with its record. Raises as `picture`."""
+        self.picture(id)
+        with self._store() as store:
+            row = store.execute("SELECT png FROM pictures WHERE id = ?", (id,)).fetchone()
+        if row is None:
+            raise RequestError(f"picture {id} has just been deleted")
+        return bytes(row["png"])
 
     def set_favourite(self, picture: int, favourite: bool) -> None:
         """Raises RequestError where there is no such picture."""
@@ -172,7 +185,7 @@ class History:
         if row is None:
             raise RequestError(f"there is no entry {id} in the history; it may have been deleted")
         only = " AND favourite" if favourites else ""
-        rows = store.execute(f"SELECT * FROM pictures WHERE entry = ?{only} ORDER BY id", (id,))
+        rows = store.execute(f"SELECT {_KEPT} FROM pictures WHERE entry = ?{only} ORDER BY id", (id,))
         told: dict[str, Any] = {name: row[name] for name in ("id", "at", "kind", "prompt", "candidates", "parent")}
         return Entry(**told, pictures=[_kept(picture) for picture in rows])
 
@@ -199,4 +212,4 @@ class History:
 
 def _kept(row: sqlite3.Row) -> Kept:
     told: dict[str, Any] = {name: row[name] for name in ("id", "entry", "prompt", "score")}
-    return Kept(**told, favourite=bool(row["favourite"]), png=bytes(row["png"]))
+    return Kept(**told, favourite=bool(row["favourite"]), record=json.loads(row["record"]))

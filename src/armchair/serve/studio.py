@@ -146,7 +146,7 @@ def make_router(service: Service, history: History, ballot: Ballot | None = None
     async def draw(request):  # type: ignore[no-untyped-def]
         wish = from_dict(Wish, await body(request))
         grid = parse_prompt(wish.prompt)
-        parent = None if wish.picture is None else await run_in_threadpool(history.picture, wish.picture)
+        parent = None if wish.picture is None else await run_in_threadpool(history.png, wish.picture)
         requests = _requests(wish, grid, parent)
         events = _draw_all(service, requests)
         first = await anext(events)  # a wrong request, or no room: an answer that says so, not a stream
@@ -182,9 +182,9 @@ def make_router(service: Service, history: History, ballot: Ballot | None = None
         return _entry_json(history.entry(id), history, service, _is_local(request))
 
     def picture(id: int):  # type: ignore[no-untyped-def]
-        kept = history.picture(id)
+        data = history.png(id)
         headers = {**HEADERS, "cache-control": "private, max-age=31536000, immutable"}  # a picture never changes
-        return Response(kept.png, media_type="image/png", headers=headers)
+        return Response(data, media_type="image/png", headers=headers)
 
     async def delete(request, id: int):  # type: ignore[no-untyped-def]
         await body(request)
@@ -209,7 +209,7 @@ def make_router(service: Service, history: History, ballot: Ballot | None = None
         if not isinstance(data, dict) or type(data.get("picture")) is not int:
             raise RequestError("picture: expected its number in the history")
         kept = await run_in_threadpool(history.picture, data["picture"])
-        record = _record(kept.png)
+        record = _record(kept)
         if record is None:
             raise RequestError("this picture does not say what it was drawn with, so there is no looking inside")
         name = _served(service, record)
@@ -253,12 +253,12 @@ def make_router(service: Service, history: History, ballot: Ballot | None = None
     return router
 
 
-def _requests(wish: Wish, grid: PromptGrid, parent: Kept | None) -> list[DrawRequest]:
+def _requests(wish: Wish, grid: PromptGrid, parent: bytes | None) -> list[DrawRequest]:
     """One for each combination. All have the same seed, so that only the words differ."""
     told: dict[str, Any] = {name: getattr(wish, name) for name in ("model", "candidates", *SETTINGS)}
     told |= {"seed": int(wish.seed), "keep": 1 if grid.choices else 0}
     if parent is not None:
-        told |= {"image": Image.open(io.BytesIO(parent.png)).convert("RGB"), "rectangle": wish.rectangle}
+        told |= {"image": Image.open(io.BytesIO(parent)).convert("RGB"), "rectangle": wish.rectangle}
     return [DrawRequest(prompt=prompt, **told) for prompt in grid.prompts()]
 
 
@@ -354,11 +354,12 @@ def _sent(event: str, data: dict[str, Any]) -> str:
 
 def _keep(history: History, wish: Wish, grid: PromptGrid, drawings: dict[int, Drawing]) -> Entry:
     kind = "grid" if grid.choices else "draw" if wish.picture is None else "complete"
-    pictures = [
-        (drawing.prompt, drawing.scores[i], png_bytes(image, to_dict(drawing.record(i))))
+    records = [
+        (to_dict(drawing.record(i)), image)
         for _, drawing in sorted(drawings.items())
         for i, image in enumerate(drawing.images)
     ]
+    pictures = [(record, png_bytes(image, record)) for record, image in records]
     return history.add(kind, wish.prompt, wish.candidates, pictures, parent=wish.picture)
 
 
@@ -389,12 +390,12 @@ def _take_in(history: History, png: str) -> Entry:
         raise
     except Exception:  # Pillow raises a dozen kinds for broken files
         raise RequestError(f"{name}: a PNG that cannot be read") from None
-    return history.add("dropped", record.prompt, 1, [(record.prompt, record.score, png_bytes(image, found))])
+    return history.add("dropped", record.prompt, 1, [(found, png_bytes(image, found))])
 
 
-def _record(png: bytes) -> Record | None:
+def _record(picture: Kept) -> Record | None:
     try:
-        return from_dict(Record, record_in(io.BytesIO(png), "this picture"))
+        return from_dict(Record, picture.record)
     except RequestError:
         return None
 
@@ -433,7 +434,7 @@ def _entry_json(entry: Entry, history: History, service: Service, local: bool) -
 def _picture_json(picture: Kept, entry: Entry, source: str | None, service: Service, local: bool) -> dict[str, Any]:
     told: dict[str, Any] = {name: getattr(picture, name) for name in ("id", "prompt", "score", "favourite")}
     told["file"] = f"{slug(picture.prompt)}.png"
-    record = _record(picture.png)
+    record = _record(picture)
     if record is None:
         return told
     name = _served(service, record)

@@ -18,6 +18,7 @@ function problem(words, again = null, seconds = null) {
   const box = at("problem"), button = at("again");
   box.hidden = !words;
   box.querySelector("p").textContent = words ?? "";
+  if (words) box.scrollIntoView({block: "nearest"});
   button.hidden = !again;
   button.onclick = () => { problem(null); again(); };
   let left = Math.ceil(seconds ?? 0);
