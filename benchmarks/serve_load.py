@@ -3,10 +3,11 @@
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --model runs/shapes/bundle --seconds 30 --clients 16
 
-Starts `armchair serve` on a free port of this machine and asks it: first one client at a time, which gives the reference
-for throughput and for bytes; then many at once, of which a third goes away midway and a tenth sends garbage. Requests
-are pictures (most), streams with partial pictures, and edits, with seeds out of a small set, so that each comes alone and
-under load. Ends with 1 where an answer was lost, was a failure of the server, or had other bytes than alone.
+Starts `armchair serve` on a free port of this machine and asks it: first one client at a time, which gives the
+reference for throughput and for bytes; then many at once, of which a third goes away midway and a tenth sends garbage;
+then one at a time again. Requests are pictures (most), streams with partial pictures, and edits, out of a set that is
+small, so that each comes alone and under load. Ends with 1 where an answer was lost, was a failure of the server or had
+other bytes than alone.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-PROMPTS = [f"{colour} {form}" for colour in ("red", "blue", "purple", "green") for form in ("apple", "heart", "face", "car")]
+FORMS = ("apple", "heart", "face", "car")
+PROMPTS = [f"{colour} {form}" for colour in ("red", "blue", "purple", "green") for form in FORMS]
 SEEDS = 3
 TIMEOUT = 60.0  # seconds until an answer counts as lost
 
@@ -82,7 +84,7 @@ class Result:
             "pictures_a_second": round(self.throughput, 2),
             "median_seconds": round(statistics.median(ordered), 3),
             "p95_seconds": round(ordered[int(0.95 * (len(ordered) - 1))], 3),
-            "first_partial_median_seconds": round(statistics.median(self.first_partial), 3) if self.first_partial else None,
+            "first_partial_median_seconds": round(statistics.median(self.first_partial or [0]), 3),
             "statuses": {str(k): v for k, v in sorted(self.statuses.items())},
             "went_away": self.left,
             "garbage": self.garbage,

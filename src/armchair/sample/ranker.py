@@ -55,7 +55,7 @@ class Ranker:
         return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """`rank` of each image for a prompt of its own: the same scores, bit for bit, with the images looked at together.
+        """`rank` of each image for a prompt of its own: the same scores, bit for bit, and images seen together.
 
         Texts are read one at a time, as a text's sums depend on those beside it, and the last ones are remembered.
         """

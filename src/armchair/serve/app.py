@@ -206,7 +206,7 @@ def make_server(service: Service, config: Config) -> Server:
         make_app(service, config),
         host=config.host,
         port=config.port,
-        log_level="warning",
+        log_level="error",  # it warns of each request that is no HTTP
         server_header=False,
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=math.ceil(config.grace) + 5,
@@ -218,6 +218,7 @@ def make_server(service: Service, config: Config) -> Server:
 def run(service: Service, config: Config, say: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM; `say` is told where."""
     host = f"[{config.host}]" if ":" in config.host else config.host
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each damaged form
     names = ", ".join(service.models.names())
     say(f"armchair serves {names} at http://{host}:{config.port}/ (API: /v1; Ctrl-C ends it)")
     server = make_server(service, config)

@@ -162,9 +162,10 @@ class Drawer:
         with self._changed:
             if self._closing:
                 raise Stopping("the server is shutting down")
-            waiting = sum(not other.begun for other in self.jobs)
-            ahead = self._pending()
-            if waiting >= self.queue or ahead + job.size > self.pictures and self.jobs:
+            wanted = self._wanted()
+            waiting = sum(not other.begun for other in wanted)
+            ahead = _pending(wanted)
+            if waiting >= self.queue or wanted and ahead + job.size > self.pictures:
                 seconds = max(1.0, ahead * self.seconds)
                 raise Busy(f"the queue is full: {waiting} requests wait, {ahead} pictures are to be drawn", seconds)
             self.jobs.append(job)
@@ -190,13 +191,14 @@ class Drawer:
     @property
     def idle(self) -> bool:
         with self._changed:
-            return not self.jobs and not self._calls
+            return not self._wanted() and not self._calls
 
     def load(self) -> dict[str, int]:
         """Requests that wait and that are drawn, and pictures that are asked for and not finished."""
         with self._changed:
-            begun = sum(job.begun > 0 for job in self.jobs)
-            return {"waiting": len(self.jobs) - begun, "drawing": begun, "pictures": self._pending()}
+            wanted = self._wanted()
+            begun = sum(job.begun > 0 for job in wanted)
+            return {"waiting": len(wanted) - begun, "drawing": begun, "pictures": _pending(wanted)}
 
     def stop_taking(self) -> None:
         """Refuse what comes from now on; what is there is drawn."""
@@ -213,8 +215,8 @@ class Drawer:
             self._changed.notify()
         self._thread.join()
 
-    def _pending(self) -> int:
-        return sum(job.size - job.ended for job in self.jobs)
+    def _wanted(self) -> list[Job]:
+        return [job for job in self.jobs if not job.gone]
 
     # The drawing thread.
 
@@ -432,6 +434,11 @@ class Drawer:
             [plan.candidates[picture.place] for picture in best],
         )
         self._end([job], Finished(drawing))
+
+
+def _pending(jobs: Iterable[Job]) -> int:
+    """Pictures that are asked for and not finished."""
+    return sum(job.size - job.ended for job in jobs)
 
 
 def _plan(job: Job) -> Plan:
