@@ -9,6 +9,7 @@ from pathlib import Path
 
 from armchair.eval.ballot import Ballot
 from armchair.serve.app import Config, make_server
+from armchair.serve.keys import Keys
 from armchair.serve.models import Models
 from armchair.serve.service import Busy, DrawRequest, Event, Queued, Service
 
@@ -39,10 +40,13 @@ class MoodyService(Service):
 
 
 @contextlib.contextmanager
-def studio(bundle: Path | None, data: Path, ballot: Ballot | None = None) -> Iterator[tuple[str, MoodyService]]:
+def studio(
+    bundle: Path | None, data: Path, ballot: Ballot | None = None, keys: Keys | None = None
+) -> Iterator[tuple[str, MoodyService]]:
     """The address of a running server, and its service."""
     service = MoodyService(Models([] if bundle is None else [str(bundle)], device="cpu"))
-    server = make_server(service, Config(port=0, data=data, ballot=None if ballot is None else ballot.path))
+    config = Config(port=0, data=data, ballot=None if ballot is None else ballot.path, keys=keys)
+    server = make_server(service, config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

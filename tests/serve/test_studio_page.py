@@ -9,6 +9,7 @@ import pytest
 
 from armchair.eval.ballot import Ballot
 from armchair.sample.pipeline import load_artist
+from armchair.serve.keys import Keys, add_key
 from conftest import write_tiny_bundle
 from serve.studio_app import studio
 
@@ -54,7 +55,7 @@ def open_page(browser):
     """Opens pages, and fails where one asked anything of another host, or an error came up in it."""
     contexts, wrong = [], []
 
-    def open(url: str, width: int = 1280, scheme: str = "light"):
+    def open(url: str, width: int = 1280, scheme: str = "light", ready: bool = True):
         context = browser.new_context(
             viewport={"width": width, "height": 800},
             color_scheme=scheme,
@@ -68,7 +69,8 @@ def open_page(browser):
         own = (url, f"blob:{url}", "data:")
         page.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))
         page.goto(url)
-        page.wait_for_selector("body[data-ready]")
+        if ready:
+            page.wait_for_selector("body[data-ready]")
         return page
 
     yield open
@@ -125,7 +127,7 @@ def test_a_drawing_sharpens_row_by_row_and_ends_sorted(tmp_path, open_page):
 
 def test_enlarged_saved_and_copied(page, bundle):
     draw(page, "a circle")
-    tiles(page).first.focus()
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     assert page.locator("#place").inner_text() == "2 of 4"
@@ -266,7 +268,7 @@ LISTEN = """() => {
 
 
 def test_no_room_and_the_queue_are_told_in_words(page, service):
-    service.busy = 3.0
+    service.busy = 2.0
     page.fill("#prompt", "a circle")
     page.click("#draw")
     page.wait_for_selector("#problem:has-text('Too much is being drawn right now. 16 requests are waiting already')")
@@ -319,6 +321,25 @@ def test_everything_fits_and_has_a_name(running, service, open_page, width, sche
     page.click("#close")
     dark = page.evaluate("() => getComputedStyle(document.documentElement).backgroundColor")
     assert (int(dark[4:].split(",")[0]) < 60) == (scheme == "dark")
+
+
+def test_a_key_is_asked_for_once_and_pictures_come_with_it(bundle, tmp_path, open_page):
+    key = add_key(tmp_path / "keys", "me")
+    with studio(bundle, tmp_path / "data", keys=Keys.read(tmp_path / "keys")) as (url, _):
+        page = open_page(url, ready=False)
+        page.fill("#key-value", "armchair-wrong")
+        page.press("#key-value", "Enter")
+        page.wait_for_selector("#key-note:has-text('not known here')")
+        page.fill("#key-value", key)
+        page.press("#key-value", "Enter")
+        page.wait_for_selector("body[data-ready]")
+        draw(page, "a circle")
+        page.wait_for_selector("#pictures img[src^=blob]")
+        page.wait_for_timeout(200)
+        assert all(page.locator("#pictures img").evaluate_all("all => all.map(image => image.naturalWidth === 16)"))
+        page.reload()
+        page.wait_for_selector("#entries:has-text('a circle')")
+        page.context.close()
 
 
 def test_the_ballot_is_linked(bundle, tmp_path, open_page):

@@ -12,8 +12,9 @@ export class Refused extends Error {
 let key = null;
 try { key = sessionStorage.getItem("armchair-key"); } catch { /* asked for again then */ }
 
-async function askForKey() {
+async function askForKey(wrong) {
   const dialog = at("key");
+  at("key-note").textContent = wrong ? "That key is not known here." : "Whoever runs it can tell you. It is kept until this tab is closed.";
   if (!dialog.open) dialog.showModal();
   await new Promise(resolve => dialog.addEventListener("close", resolve, {once: true}));
   key = at("key-value").value.trim();
@@ -30,7 +31,7 @@ async function ask(path, options = {}) {
       if (error.name === "AbortError") throw error;
       throw new Refused("The server does not answer. Is armchair serve still running?", 0);
     }
-    if (answer.status === 401) { await askForKey(); continue; }
+    if (answer.status === 401) { await askForKey(Boolean(key)); continue; }
     if (answer.ok) return answer;
     const after = Number(answer.headers.get("retry-after"));
     let words = answer.statusText;

@@ -140,6 +140,14 @@ export function move(key) {
   return true;
 }
 
+// From the prompt down to the pictures; false where there are none.
+export function enter() {
+  const tile = at("pictures").querySelector("button.tile:not(:disabled)[tabindex='0']");
+  if (!tile || at("stage").hidden) return false;
+  tile.focus();
+  return true;
+}
+
 export function focusPicture(id) { at("pictures").querySelector(`[data-picture="${id}"]`)?.focus(); }
 
 export function clear() {

@@ -63,8 +63,11 @@ async function readChoices() {
 }
 
 function busy(on) {
-  at("draw").hidden = on;
-  at("stop").hidden = !on;
+  const [pressed, other] = on ? [at("draw"), at("stop")] : [at("stop"), at("draw")];
+  const focused = document.activeElement === pressed;
+  other.hidden = false;
+  pressed.hidden = true;
+  if (focused) other.focus();
   at("bar").hidden = !on;
   at("bar").firstElementChild.style.width = "0";
 }
@@ -177,6 +180,8 @@ function listen() {
   at("composer").addEventListener("submit", event => { event.preventDefault(); draw(); });
   at("prompt").addEventListener("keydown", event => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); draw(); }
+    const end = at("prompt").selectionStart === at("prompt").value.length;
+    if (event.key === "ArrowDown" && end && stage.enter()) event.preventDefault();
   });
   let waiting = null;
   at("prompt").addEventListener("input", () => { grow(); clearTimeout(waiting); waiting = setTimeout(readChoices, 150); });
