@@ -298,8 +298,8 @@ def main() -> None:
         home, data, temporary = (Path(name) / part for part in ("home", "data", "tmp"))
         for folder in (home, data, temporary):
             folder.mkdir()
-        os.environ |= {"TMPDIR": str(temporary), "HOME": str(home)}
-        with contextlib.chdir(home), running(model, "--data", str(data)) as (server, port):
+        places = {"TMPDIR": str(temporary), "HOME": str(home)}
+        with running(model, "--data", str(data), cwd=home, **places) as (server, port):
             before, start = files_in(home, temporary), memory(server)
             found = asyncio.run(fuzz(port, args))
             found["new_files"] = sorted(files_in(home, temporary) - before)

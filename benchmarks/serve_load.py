@@ -262,14 +262,16 @@ class Load:
 
 
 @contextlib.contextmanager
-def running(model: str | None, *flags: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """`armchair serve` on a free port, and the port; it has to end cleanly."""
+def running(
+    model: str | None, *flags: str, cwd: Path | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen, int]]:
+    """`armchair serve` on a free port, and the port; `environment` is added to this process's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "armchair", "serve", "--port", str(port), *flags]
     command += [] if model is None else ["--model", model]
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment})
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:

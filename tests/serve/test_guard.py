@@ -26,6 +26,7 @@ from armchair.serve.keys import Keys, add_key
 from armchair.serve.models import Models
 from armchair.serve.service import Service
 from conftest import write_tiny_bundle
+from test_benchmarks import benchmark
 
 PATH = "/v1/images/generations"
 
@@ -88,9 +89,9 @@ def test_without_its_key_nothing_is_drawn(tiny_bundle: Path, tmp_path: Path, ser
     keys = Keys.read(tmp_path / "keys.txt")
     with serve(Service(Models([str(tiny_bundle)], device="cpu")), keys=keys) as (_, address):
         for wrong in ("wrong", key[:-1], key.upper()):
-            with openai.OpenAI(base_url=f"{address}/v1", api_key=wrong, max_retries=0) as client:
-                with pytest.raises(openai.AuthenticationError) as refused:
-                    client.images.generate(prompt="a")
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key=wrong, max_retries=0)
+            with client, pytest.raises(openai.AuthenticationError) as refused:
+                client.images.generate(prompt="a")
             assert refused.value.code == "invalid_api_key"
         for odd in ("", "Bearer", "Bearer \xff\xfe", "Basic " + key, key):
             head = f"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: {odd}\r\nconnection: close\r\n\r\n"
@@ -170,7 +171,8 @@ def test_bodies_are_bounded_while_they_are_read(http: Any, address: str) -> None
 
 def test_damaged_bodies_are_wrong_requests(http: Any) -> None:
     json_type = {"content-type": "application/json"}
-    for body in (b"", b"{", b"[]", b"3", b'{"prompt": ' + b"[" * 300_000, b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}'):
+    deep = b'{"prompt": ' + b"[" * 300_000
+    for body in (b"", b"{", b"[]", b"3", deep, b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}'):
         error_of(http.post(PATH, content=body, headers=json_type), 400)
     for value in ("1e999", "NaN", "-Infinity", "1" + "0" * 5000, '"x"', "[1]", "{}", "true"):
         body = f'{{"prompt": "a", "temperature": {value}, "n": {value}}}'.encode()
@@ -258,7 +260,8 @@ def test_the_openapi_document_has_all_fields(http: Any) -> None:
     fields = document["components"]["schemas"]["Generation"]["properties"]
     assert {"prompt", "n", "size", "seed", "candidates", "guidance", "stream", "partial_images"} <= set(fields)
     form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert form["properties"]["mask"] == {"type": "string", "format": "binary"} and form["required"] == ["image", "prompt"]
+    assert form["properties"]["mask"] == {"type": "string", "format": "binary"}
+    assert form["required"] == ["image", "prompt"]
     assert "422" not in json.dumps(document["paths"])
 
 
@@ -331,3 +334,19 @@ def test_a_model_that_cannot_be_opened_is_not_ready(tmp_path: Path, serve: Any, 
         while "altered" not in httpx2.get(f"{address}/ready").text:
             assert time.monotonic() < ends
         assert httpx2.get(f"{address}/ready").status_code == 503 and httpx2.get(f"{address}/health").status_code == 200
+
+
+def test_cases_out_of_the_openapi_document_meet_no_failure_of_the_server(address: str) -> None:
+    pytest.importorskip("schemathesis")
+    found = benchmark("serve_schema").check(int(address.rpartition(":")[2]), 60, seed=1)
+    assert found["cases"] >= 60 and not found["failures"]
+
+
+def test_requests_that_nobody_should_send_meet_no_failure_of_the_server(
+    tiny_bundle: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    flags = ["--model", str(tiny_bundle), "--resolution", "16", "--requests", "150", "--clients", "8"]
+    monkeypatch.setattr("sys.argv", ["serve_fuzz", *flags])
+    benchmark("serve_fuzz").main()  # it ends the test where something is wrong
+    found = json.loads(capsys.readouterr().out)
+    assert found["requests"] == 150 and found["new_files"] == [] and found["statuses"]["400"] > 50

@@ -99,7 +99,8 @@ def test_formats(client: openai.OpenAI, form: Any) -> None:
 
 def test_a_url_serves_the_same_bytes_without_a_key(client: openai.OpenAI) -> None:
     both = [
-        client.images.generate(prompt="a", response_format=r, extra_body={"seed": 2}).data[0] for r in ("b64_json", "url")
+        client.images.generate(prompt="a", response_format=form, extra_body={"seed": 2}).data[0]
+        for form in ("b64_json", "url")
     ]
     answer = httpx2.get(both[1].url)
     assert answer.content == base64.b64decode(both[0].b64_json) and answer.headers["content-type"] == "image/png"
@@ -168,7 +169,7 @@ def test_the_image_can_be_its_own_mask_and_of_any_size(client: openai.OpenAI, ar
         (photo(), mask(None), "no fully transparent pixel"),
         (photo(), photo(), "no transparency"),
         (photo(), mask((0, 0, 4, 4), 8, 8), "size of the image"),
-        (photo(), png(np.dstack([np.zeros((R, R, 3), np.uint8), 255 * (1 - np.eye(R)).astype(np.uint8)])), "no rectangle"),
+        (photo(), png(np.full((R, R, 4), 255 * (1 - np.eye(R, dtype=np.uint8))[:, :, None])), "no rectangle"),
         (photo(R, 64), mask((0, 0, 8, 8), R, 64), "centre square"),
         (b"nothing", mask((0, 0, 4, 4)), "PNG, JPEG or WEBP"),
         (photo()[:200], mask((0, 0, 4, 4)), "damaged"),

@@ -521,8 +521,9 @@ class Artist:
         return self.text_tokenizer.decode(row), int((row != self.text_tokenizer.pad_id).sum())
 
     def read_prompt(self, prompt: str) -> PromptCache:
-        """The state of a prompt that was read, of one row."""
-        return read_prompts(self.decoder(), self._tokens(prompt))
+        """The state of a prompt that was read, of one row. That it was cut, `reads` tells."""
+        tokens = self.text_tokenizer.encode([prompt], self.shape.text_length, warn=False)
+        return read_prompts(self.decoder(), torch.from_numpy(tokens).to(self.device))
 
     @functools.cached_property
     def empty_prompt(self) -> PromptCache:
