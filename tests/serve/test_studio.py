@@ -11,6 +11,8 @@ import urllib.request
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from armchair.cli import main
@@ -300,6 +302,26 @@ def test_an_unknown_model_is_404(url):
 
 
 POSTS = ("choices", "draw", "history/1/delete", "history/1/restore", "pictures/1/favourite", "look", "dropped")
+
+
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+FIELDS = st.sampled_from(["prompt", "seed", "candidates", "picture", "rectangle", "top_k", "png", "favourite", "model"])
+JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner, max_size=4))
+
+
+@given(st.sampled_from([name for name in POSTS if name != "draw"]), JSON)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_asked_gets_an_answer(url, name, data):
+    status, _, body = ask(url, f"/studio/{name}", data)
+    assert status < 500 and json.loads(body)
+
+
+@given(st.dictionaries(FIELDS, JSON, max_size=5))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_wished_for_gets_an_answer(url, wish):
+    status, _, body = ask(url, "/studio/draw", {"prompt": "circle", **wish})
+    assert status in (200, 400, 404)
+    assert status != 200 or b"event: done" in body
 
 
 @pytest.mark.parametrize("path", [f"/studio/{name}" for name in POSTS])
