@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Result:
     """What came of some seconds of asking."""
 
     seconds: float = 0.0
+    processor: float = 0.0  # seconds of it that the server used
     answered: list[float] = field(default_factory=list)  # seconds each
     first_partial: list[float] = field(default_factory=list)
     statuses: Counter = field(default_factory=Counter)
@@ -82,6 +83,7 @@ class Result:
             "seconds": round(self.seconds, 1),
             "pictures": len(ordered),
             "pictures_a_second": round(self.throughput, 2),
+            "pictures_a_processor_second": round(len(ordered) / self.processor, 2),
             "median_seconds": round(statistics.median(ordered), 3),
             "p95_seconds": round(ordered[int(0.95 * (len(ordered) - 1))], 3),
             "first_partial_median_seconds": round(statistics.median(self.first_partial or [0]), 3),
@@ -305,23 +307,34 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rng.shuffle(asks)
     with running(args.model) as (server, port):
         load = Load(port, args.resolution)
+
+        def timed(work: Coroutine[Any, Any, Result]) -> Result:
+            used = processor_seconds(server)
+            result = asyncio.run(work)
+            result.processor = processor_seconds(server) - used
+            return result
+
         start = memory(server)
         asyncio.run(load.alone(asks[:4]))
-        alone = asyncio.run(load.alone(asks))
+        alone = timed(load.alone(asks))
         asyncio.run(load.together(asks, args.clients, args.warm, args.seed + 1, args.most))
-        before, used = memory(server), processor_seconds(server)
-        together = asyncio.run(load.together(asks, args.clients, args.seconds, args.seed, args.most))
-        used = processor_seconds(server) - used
+        before = memory(server)
+        together = timed(load.together(asks, args.clients, args.seconds, args.seed, args.most))
         time.sleep(2)
         after, alive = memory(server), server.poll() is None
-        again = asyncio.run(load.alone(asks))
+        again = timed(load.alone(asks))
+    one_by_one = Result(seconds=alone.seconds + again.seconds, processor=alone.processor + again.processor)
+    one_by_one.answered = alone.answered + again.answered
     return {
         "clients": args.clients,
         "alone": alone.report(),
         "together": together.report(),
         "again": again.report(),
-        "times_the_throughput": round(together.throughput / statistics.mean([alone.throughput, again.throughput]), 2),
-        "cores_used_together": round(used / together.seconds, 2),
+        "times_the_throughput": round(together.throughput / one_by_one.throughput, 2),
+        "times_the_pictures_a_processor_second": round(
+            len(together.answered) / together.processor / (len(one_by_one.answered) / one_by_one.processor), 2
+        ),
+        "cores_used_together": round(together.processor / together.seconds, 2),
         "memory_mib": {"start": round(start, 1), "before": round(before, 1), "after": round(after, 1)},
         "memory_growth_percent": round(100 * (after / before - 1), 2),
         "alive": alive,

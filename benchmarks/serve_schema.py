@@ -28,13 +28,12 @@ def check(port: int, cases: int, seed: int) -> dict[str, Any]:
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json", timeout=30)
     schema.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
     operations = [result.ok() for result in schema.get_all_operations()]
-    # An operation without a body or a parameter has one case, which is made up once.
     rich = [op for op in operations if len(op.body) or len(list(op.path_parameters)) or len(list(op.query))]
     statuses: Counter[str] = Counter()
     failures: list[str] = []
-    per_operation = -(-cases // len(rich))
-    for operation in operations:
-        count = per_operation if operation in rich else 5
+
+    def some(operation: Any, count: int, seed: int) -> None:
+        either = operation.as_strategy(GenerationMode.POSITIVE) | operation.as_strategy(GenerationMode.NEGATIVE)
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
@@ -44,7 +43,7 @@ def check(port: int, cases: int, seed: int) -> dict[str, Any]:
             phases=[hypothesis.Phase.generate],
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        @hypothesis.given(case=operation.as_strategy(GenerationMode.POSITIVE) | negative(operation))
+        @hypothesis.given(case=either)
         def one(case: Any) -> None:
             if isinstance(case.body, dict) and len(repr(case.body)) % 4:  # else hardly any name is that of a model
                 case.body = {k: v for k, v in case.body.items() if k not in ("model", "size")}
@@ -54,14 +53,25 @@ def check(port: int, cases: int, seed: int) -> dict[str, Any]:
                 failures.append(f"{case.method} {case.path}: {response.status_code}: {case.as_curl_command()[:500]}")
 
         one()
-    return {"cases": sum(statuses.values()), "statuses": dict(sorted(statuses.items())), "failures": failures[:10]}
 
-
-def negative(operation: Any) -> Any:
-    """Cases that do not keep to the document, where an operation can have such."""
-    from schemathesis import GenerationMode
-
-    return operation.as_strategy(GenerationMode.NEGATIVE)
+    broken = 0
+    for operation in operations:
+        # One without a body or a parameter has a single case.
+        wanted = sum(statuses.values()) + (-(-cases // len(rich)) if operation in rich else 1)
+        while (left := wanted - sum(statuses.values())) > 0 and broken < 1000:
+            seed += 1
+            try:
+                some(operation, min(left, 100), seed)
+            except ValueError as error:  # schemathesis 4.32 cannot compare some of the files that it makes up
+                if "Binary" not in str(error):
+                    raise
+                broken += 1
+    return {
+        "cases": sum(statuses.values()),
+        "statuses": dict(sorted(statuses.items())),
+        "failures": failures[:10],
+        "rounds_cut_short_by_schemathesis": broken,
+    }
 
 
 def main() -> None:

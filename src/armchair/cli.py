@@ -549,6 +549,9 @@ def serve(args: argparse.Namespace) -> None:
         print(add_key(file, args.add_key))
         say(f"this key is shown once; its hash is in {file}")
         return
+    for flag, value in (("--memory", args.memory), ("--grace", args.grace)):
+        if not 0 < value < 1e6:
+            raise RequestError(f"{flag}: expected a number above 0, got {value}")
     config = Config(
         host=args.host,
         port=args.port,

@@ -193,6 +193,12 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, grace: float):
         super().__init__(config)
         self.service, self.grace = service, grace
+        self.on_start: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.on_start()
 
     async def shutdown(self, sockets: Any = None) -> None:
         closing = asyncio.create_task(self.service.close(self.grace))
@@ -220,8 +226,9 @@ def run(service: Service, config: Config, say: Callable[[str], None]) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each damaged form
     names = ", ".join(service.models.names())
-    say(f"armchair serves {names} at http://{host}:{config.port}/ (API: /v1; Ctrl-C ends it)")
     server = make_server(service, config)
+    where = f"http://{host}:{config.port}/"
+    server.on_start = lambda: say(f"armchair serves {names} at {where} (API: {where}v1; Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn once all is finished
         server.run()
     if not server.started:
