@@ -74,8 +74,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The literal version that `attend` is tested against."""
+    return attention_shares(q, k, mask) @ v
+
+
+def attention_shares(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """What each position takes of each that it sees, (B, H, L, L): rows sum to 1. q, k, mask: as in `attend`."""
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -18,7 +18,7 @@ each activation by about the same amount: a step size found at 2 M parameters ho
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,15 @@ from torch import Tensor, nn
 
 from armchair.config import check_name
 from armchair.errors import RequestError
-from armchair.prior.attention import ImageKeys, attend, check_pattern, rotary_angles, stream_mask, turn
+from armchair.prior.attention import (
+    ImageKeys,
+    attend,
+    attention_shares,
+    check_pattern,
+    rotary_angles,
+    stream_mask,
+    turn,
+)
 from armchair.prior.sequence import StreamShape, text_input_ids
 
 BASE_WIDTH = 256  # the width at which a recipe's step size is stated
@@ -283,8 +291,18 @@ class Prior(nn.Module):
 
     # Training: the whole stream at once.
 
-    def forward(self, text_tokens: Tensor, codes: Tensor, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
-        """text_tokens (B, T) with pads, codes (B, N) -> text logits (B, T, V+1), image logits (B, N, K)."""
+    def forward(
+        self,
+        text_tokens: Tensor,
+        codes: Tensor,
+        dropout: Dropout | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """text_tokens (B, T) with pads, codes (B, N) -> text logits (B, T, V+1), image logits (B, N, K).
+
+        `watch` is told, layer after layer, how much each position attends to which: shares (B, H, L, L) that sum to 1
+        over the last, zero where nothing is seen. Position T + j predicts code j.
+        """
         t = self.shape.text_length
         inputs, outputs = self._code_tables()
         seen = codes[:, :-1]
@@ -293,11 +311,13 @@ class Prior(nn.Module):
             image = dropout.of_codes(image)
         image = image + self._positions()[: codes.shape[1] - 1]
         x = torch.cat([self._embed_text(text_tokens), image], dim=1)  # (B, L, D)
-        for block, pattern in zip(self.blocks, self.config.patterns, strict=True):
+        for layer, (block, pattern) in enumerate(zip(self.blocks, self.config.patterns, strict=True)):
             mask = getattr(self, f"mask_{pattern}")
             q, k, v = block.attention.heads(block.attention_norm(x))
             if self.config.rotary:
                 q, k = turn(q, self.query_angles), turn(k, self.key_angles)
+            if watch is not None:
+                watch(layer, attention_shares(q, k, mask))
             a = block.attention.merge(attend(q, k, v, mask))
             x = x + (a if dropout is None else dropout.of_features(a))
             m = block.mlp(x)

@@ -8,7 +8,7 @@ import unicodedata
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -80,9 +80,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            text = _find_record(file, path)
+            return record_in(file, path)
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from None
+
+
+def record_in(file: BinaryIO, path: str | Path) -> dict[str, Any]:
+    """The same of an open file, which errors call `path`."""
+    text = _find_record(file, path)
     if text is None:
         raise RequestError(f"{path}: no armchair metadata; only an unedited PNG that armchair wrote has it")
     try:
@@ -122,7 +127,7 @@ def slug(prompt: str) -> str:
     return f"{name}-image" if name in _DEVICE_NAMES else name
 
 
-def _find_record(file: io.BufferedReader, path: Path) -> bytes | None:
+def _find_record(file: BinaryIO, path: str | Path) -> bytes | None:
     if file.read(8) != _SIGNATURE:
         raise RequestError(f"{path}: not a PNG")
     while header := file.read(8):
@@ -142,7 +147,7 @@ def _find_record(file: io.BufferedReader, path: Path) -> bytes | None:
     raise RequestError(f"{path}: the PNG is cut short")
 
 
-def _text_of(body: bytes, path: Path) -> bytes:
+def _text_of(body: bytes, path: str | Path) -> bytes:
     """The text of an iTXt body whose keyword is cut off: flag, method, language, 0, translation, 0, text."""
     compressed, _, text = body[:1], body[1:2], body[2:].split(b"\0", 2)[-1]
     if compressed == b"\1":  # other programs may compress the chunk when they save the file again

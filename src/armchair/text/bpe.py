@@ -136,6 +136,14 @@ class TextTokenizer:
         """The text of one row of ids; padding is left out, a character cut in its bytes becomes U+FFFD."""
         return self._hf.decode([i for i in map(int, row) if 0 <= i < self.vocab_size]).removeprefix(" ")
 
+    def words(self, text: str, length: int) -> list[tuple[str, list[int]]]:
+        """The words of a caption, normalised, each with the places (from 0) of its tokens among the first `length`."""
+        encoding = self._hf.encode(_valid(text))
+        places: dict[int, list[int]] = {}
+        for place, word in enumerate(encoding.word_ids[:length]):
+            places.setdefault(word or 0, []).append(place)
+        return [(self.decode(encoding.ids[i] for i in word), word) for word in places.values()]
+
     def _encode_with_dropout(
         self, texts: Sequence[str], p: float, rng: np.random.Generator
     ) -> list[list[int]]:
