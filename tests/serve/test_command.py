@@ -1,5 +1,6 @@
 """`armchair serve` as a command: what it refuses, and keys."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_wrong_flags_are_refused_in_one_line(
     assert main(["serve", "--data", "data", "--threads", "1", *flags]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and said in err
+
+
+def test_a_port_that_is_taken_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--data", str(tmp_path), "--threads", "1", "--port", port]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "in use" in err and "--port" in err
 
 
 def test_a_key_is_printed_once_and_known_by_its_hash(tmp_path: Path, capsys: Any) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 import os
-import sys
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +203,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         closing = asyncio.create_task(self.service.close(self.grace))
         await super().shutdown(sockets)
+        if self.force_exit:  # a second Ctrl-C
+            self.service.stop()
+            await self.lifespan.shutdown()
         await closing
 
 
@@ -229,7 +232,14 @@ def run(service: Service, config: Config, say: Callable[[str], None]) -> None:
     server = make_server(service, config)
     where = f"http://{host}:{config.port}/"
     server.on_start = lambda: say(f"armchair serves {names} at {where} (API: {where}v1; Ctrl-C ends it)")
-    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn once all is finished
-        server.run()
-    if not server.started:
-        sys.exit(1)
+    with listening(config.host, config.port) as link, contextlib.suppress(KeyboardInterrupt):
+        server.run([link])  # raises what stopped it again once all is finished
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises RequestError where that cannot be."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=1024)
+    except OSError as error:
+        raise RequestError(f"cannot listen on {host}, port {port}: {error.strerror}; see --host and --port") from None

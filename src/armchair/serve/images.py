@@ -17,6 +17,7 @@ from armchair.sample.pipeline import Drawing, Rectangle
 from armchair.sample.png import png_bytes
 
 MAX_PIXELS = 16_777_216  # of a picture that comes in, 4096 x 4096
+POSSIBLE = "the model can redraw one upright rectangle, given as the fully transparent part of a PNG"
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
@@ -71,9 +72,6 @@ def rectangle_of(mask: Image.Image, resolution: int) -> Rectangle:
     if not (starts[0] < ends[0] and starts[1] < ends[1]):
         raise RequestError(f"mask: {POSSIBLE}; that of this one lies outside of the centre square, which is used")
     return starts[0], starts[1], ends[0], ends[1]
-
-
-POSSIBLE = "the model can redraw one upright rectangle, given as the fully transparent part of a PNG"
 
 
 def encoded(drawing: Drawing, i: int, scale: int, form: str, quality: int) -> bytes:

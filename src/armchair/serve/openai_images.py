@@ -193,9 +193,9 @@ def make_router(service: Service, store: Store, metrics: Metrics) -> APIRouter:
     async def edit(request: Request) -> Response:
         body, files = await _read_form(request, Edit, "image", "mask")
         _check_text(body.prompt)
-        scaled = service.models.resolution(body.model)
+        side = service.models.resolution(body.model)
         async with decoding:
-            image, rectangle = await asyncio.to_thread(_image_and_rectangle, files, scaled)
+            image, rectangle = await asyncio.to_thread(_image_and_rectangle, files, side)
         return await draw(request, body, "image_edit", body.prompt, image, rectangle)
 
     @router.post(

@@ -210,10 +210,14 @@ class Drawer:
         """Take nothing more in, draw on for so many seconds at most, and tell the rest that the server stops."""
         self.stop_taking()
         self._thread.join(seconds)
-        self._stopped = True
-        with self._changed:
-            self._changed.notify()
+        self.stop()
         self._thread.join()
+
+    def stop(self) -> None:
+        """End at the next turn, and tell all that is there that the server stops."""
+        with self._changed:
+            self._closing = self._stopped = True
+            self._changed.notify()
 
     def _wanted(self) -> list[Job]:
         return [job for job in self.jobs if not job.gone]
@@ -237,6 +241,9 @@ class Drawer:
                 log.exception("drawing failed")
                 self._groups.clear()
                 self._end(list(self.jobs), error)
+                for _, future in calls:
+                    if not future.done():
+                        future.set_exception(error)
         self._end(list(self.jobs), Stopping("the server is shutting down"))
         for _, future in self._calls:
             future.set_exception(Stopping("the server is shutting down"))

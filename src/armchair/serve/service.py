@@ -100,6 +100,12 @@ class Service:
         self._closing = True
         await asyncio.to_thread(self.models.close, seconds)
 
+    def stop(self) -> None:
+        """End what is being drawn at the next step."""
+        self._closing = True
+        for drawer in self.models.opened().values():
+            drawer.stop()
+
     async def _drawer(self, model: str | None) -> Drawer:
         name = self.models.resolve(model)
         if (drawer := self.models.open_drawer(name)) is not None:
