@@ -22,7 +22,7 @@ def best_of(context: Context) -> Section:
         title="Best of N",
         protocol=(
             f"{context.options['best_of_prompts']} prompts, {most} candidates each; of the first N the one that the "
-            "ranker scores best. Score: its cosine. FID and IS: of the kept pictures, one a prompt, against as many "
+            "drawing scores best. Score: the ranker's cosine, and what the bundle's `naturalness` adds. FID and IS: of the kept pictures, one a prompt, against as many "
             "held-out pictures, over the first feature network; with so few pictures only their course along N means "
             "something. On the shapes world, whether the kept picture is right as a whole, and `any`: whether one of "
             "the N is, which no ranker can exceed."
@@ -91,7 +91,7 @@ def best_of(context: Context) -> Section:
             {"best of N": score_line},
             title="Score of the best of N",
             x="N",
-            y="cosine",
+            y="score",
             log_x=True,
             bands={"best of N": score_band},
         )
