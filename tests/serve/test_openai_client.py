@@ -52,6 +52,7 @@ def test_models_and_aliases_are_listed(client: openai.OpenAI) -> None:
 
 def test_pictures_are_those_of_draw_best_first(client: openai.OpenAI, artist: Artist) -> None:
     own = {"seed": 5, "candidates": 6, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "guidance": 2, "min_p": 0.01}
+    own["naturalness"] = 0.5
     answer: Any = client.images.generate(prompt="A Red Circle", model="dall-e-3", n=3, extra_body=own)
     drawing = artist.draw("A Red Circle", keep=3, **own)
     assert [np.asarray(opened(p.b64_json)).tobytes() for p in answer.data] == [i.tobytes() for i in drawing.images]

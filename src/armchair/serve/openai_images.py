@@ -66,6 +66,9 @@ class Asked(BaseModel):
     top_p: float | None = Field(None, description="draw from the likeliest codes of this mass, 1 for all")
     min_p: float | None = Field(None, description="leave out codes under so many times the likelihood of the first")
     guidance: float | None = Field(None, description="1 is off; more follows the prompt closer")
+    naturalness: float | None = Field(
+        None, description="how much it counts in a score how likely a picture is by itself, 0 for not at all"
+    )
 
 
 class Streamed(Asked):
@@ -244,6 +247,7 @@ def make_router(service: Service, store: Store, metrics: Metrics) -> APIRouter:
             top_p=body.top_p,
             min_p=body.min_p,
             guidance=body.guidance,
+            naturalness=body.naturalness,
             image=image,
             rectangle=rectangle,
         )

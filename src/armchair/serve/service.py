@@ -41,6 +41,7 @@ class DrawRequest:
     top_p: float | None = None
     min_p: float | None = None
     guidance: float | None = None
+    naturalness: float | None = None
     image: Image.Image | None = None
     rectangle: Rectangle | None = None
 
@@ -136,6 +137,7 @@ def _plan(request: DrawRequest, image: Image.Image | None, artist: Artist) -> Pl
         top_p=request.top_p,
         min_p=request.min_p,
         guidance=request.guidance,
+        naturalness=request.naturalness,
     )
 
 

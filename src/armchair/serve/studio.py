@@ -34,7 +34,7 @@ MAX_DROPPED = 8 << 20  # bytes of a PNG that is dropped on the page
 MAX_SIDE = 2048  # pixels of one
 MAX_CANDIDATES = 16  # of a prompt on the page
 CELLS_AT_ONCE = 4  # pictures of a table that are asked for at a time, so that others have their turn
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance")
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance", "naturalness")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -60,6 +60,7 @@ class Wish:
     top_p: float | None = None
     min_p: float | None = None
     guidance: float | None = None
+    naturalness: float | None = None
     picture: int | None = None
     rectangle: tuple[int, ...] | None = None
 

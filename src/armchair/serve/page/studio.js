@@ -5,7 +5,7 @@ import {get, post, Refused, stream} from "./server.js";
 import * as stage from "./stage.js";
 import * as viewer from "./viewer.js";
 
-const SETTINGS = ["guidance", "temperature", "top_k", "top_p", "min_p"];
+const SETTINGS = ["guidance", "temperature", "top_k", "top_p", "min_p", "naturalness"];
 let about = null, running = null, choices = {choices: [], prompts: []}, retry = null;
 
 const model = () => about.models.find(line => line.name === at("model").value) ?? about.models[0];
@@ -145,7 +145,7 @@ function openSettings(open) {
 }
 
 function own() {
-  for (const name of SETTINGS) at(name).placeholder = model().settings[name] ?? {top_k: 0, min_p: 0}[name] ?? 1;
+  for (const name of SETTINGS) at(name).placeholder = model().settings[name] ?? {top_k: 0, min_p: 0, naturalness: 0}[name] ?? 1;
 }
 
 async function dropped(file) {
