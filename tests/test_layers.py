@@ -15,7 +15,7 @@ MODULES = {
     ".".join(("armchair", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-BASE = {"errors", "config", "runtime"}
+BASE = {"errors", "config", "runtime", "attention"}
 PIXELS = {"image.pixels", "image.sheet"}
 MODELS = BASE | {"text", "image", "prior", "clip"}
 DRAWING = MODELS | {"shapes", "bundle", "card", "sample"}
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "runtime": {"errors"},
+    "attention": set(),
     "text": BASE,
     "image": BASE,
     "prior": BASE,

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -132,6 +133,7 @@ def read_packages(folder: Path) -> tuple[tuple[IconPackage, ...], Package]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, as in a shell's background
     packages, out = map(Path, sys.argv[1:])
     emoji.PACKAGES, emoji.CAPTIONS = read_packages(packages)
     emoji.LISTING, emoji.CHUNK = ("noto",), 8

@@ -1,19 +1,13 @@
-from unittest import mock
-
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
 from armchair.errors import RequestError
-from armchair.prior import attention
 from armchair.prior.attention import (
     PATTERNS,
     ImageKeys,
-    attend,
-    attend_plainly,
     rotary_angles,
     sees,
     stream_mask,
@@ -79,43 +73,6 @@ def test_the_cache_shows_each_token_just_what_it_may_see(pattern, grid):
         tokens = [held[s] for s in slots]
         assert len(set(tokens)) == len(tokens)
         assert set(tokens) == seen(pattern, j, grid)
-
-
-@settings(max_examples=30)
-@given(
-    pattern=patterns,
-    grid=st.integers(1, 6),
-    heads=st.integers(1, 3),
-    block=st.sampled_from([1, 5, 16, 96]),
-    seed=st.integers(0, 99),
-)
-def test_attention_equals_the_library_kernel_and_the_literal_version(pattern, grid, heads, block, seed):
-    mask = stream_mask(pattern, 3, grid)
-    g = tiny.seeded(seed)
-    ours, theirs = [], []
-    for _ in range(3):
-        x = torch.randn(2, heads, len(mask), 8, generator=g)
-        ours.append(x.clone().requires_grad_())
-        theirs.append(x.requires_grad_())
-    with mock.patch.object(attention, "ATTENTION_BLOCK", block):
-        out, plain = attend(*ours, mask), F.scaled_dot_product_attention(*theirs, attn_mask=mask)
-    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(attend_plainly(*(x.detach() for x in ours), mask), plain.detach(), rtol=1e-5, atol=1e-5)
-    weight = torch.randn(out.shape, generator=g)
-    with mock.patch.object(attention, "ATTENTION_BLOCK", block):
-        (out * weight).sum().backward()
-    (plain * weight).sum().backward()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_is_the_same_past_the_length_where_the_kernel_takes_over():
-    g = tiny.seeded()
-    q, k, v = (torch.randn(1, 1, 520, 8, generator=g) for _ in range(3))
-    mask = torch.ones(520, 520).tril().bool()
-    torch.testing.assert_close(
-        attend(q, k, v, mask)[:, :, :500], attend(*(x[:, :, :500] for x in (q, k, v)), mask[:500, :500])
-    )
 
 
 def test_a_turned_product_depends_on_how_far_apart_two_places_are():

@@ -39,10 +39,10 @@ def test_the_steps_make_the_drawing(artist: Artist, photo: Image.Image) -> None:
         codes = every.codes[np.argsort(every.candidates)]
         plans = [plan] * 5
         images = artist.pictures(plans, codes)
-        drawing = artist.drawing(plan, codes, images, artist.scores(plans, images))
+        drawing = artist.drawing(plan, codes, images, artist.scores(plans, images, codes))
         assert drawing.record(1) == whole.record(1) and drawing.scores == whole.scores
         assert [i.tobytes() for i in drawing.images] == [i.tobytes() for i in whole.images]
-    assert artist.pictures([], codes[:0]) == [] and artist.scores([], []) == []
+    assert artist.pictures([], codes[:0]) == [] and artist.scores([], [], codes[:0]) == []
 
 
 def test_what_is_not_drawn_is_grey_and_what_is_kept_is_there(artist: Artist, photo: Image.Image) -> None:
@@ -74,7 +74,7 @@ def test_a_picture_can_be_completed_untold_and_drawn_again(artist: Artist, photo
     *_, codes = draw_micro_batch(artist.decoder(), batch)
     found = codes.view(2, 4, 4).numpy()
     images = artist.pictures([plan] * 2, found)
-    drawing = artist.drawing(plan, found, images, artist.scores([plan] * 2, images))
+    drawing = artist.drawing(plan, found, images, artist.scores([plan] * 2, images, found))
     assert drawing.scores == [None, None]
     for path, image in zip(drawing.save(tmp_path / "one.png"), drawing.images, strict=True):
         assert artist.redraw(path).images[0].tobytes() == image.tobytes()

@@ -5,14 +5,12 @@ image token sees the whole text. Image tokens are counted by raster index j = ro
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from armchair.config import nearest
 from armchair.errors import RequestError
 
 PATTERNS = ("full", "row", "column", "convolutional")
-ATTENTION_BLOCK = 96  # queries
 CONV_REACH = 5  # an 11 x 11 neighbourhood reaches 5 rows up and 5 columns to each side
 
 
@@ -58,70 +56,6 @@ def stream_mask(pattern: str, text_length: int, grid: int) -> Tensor:
     j = torch.arange(length - first)
     mask[first:, first:] = sees(pattern, j[:, None], j[None, :], grid)
     return mask
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention over a whole stream. q, k, v: (B, H, L, E); mask: (L, L) bool, True where a key is seen, causal.
-
-    On a CPU and at the lengths of small grids plain products take a third of the time that PyTorch's fused kernel
-    takes forward and backward (13 against 42 ms at 64 x 4 heads x 96 x 64, bf16); past that length the (L, L) scores
-    would dominate memory. `attend_plainly` is the same in two lines.
-    """
-    if q.device.type == "cpu" and q.shape[2] <= 512:
-        return _BlockAttention.apply(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The literal version that `attend` is tested against."""
-    return attention_shares(q, k, mask) @ v
-
-
-def attention_shares(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """What each position takes of each that it sees, (B, H, L, L): rows sum to 1. q, k, mask: as in `attend`."""
-    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1)
-
-
-class _BlockAttention(torch.autograd.Function):
-    """By blocks of queries, each with the keys up to its last one: of the scores that no causal mask lets through,
-    most are never computed. At a length of 288 that is a third of all.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        b, h, length, e = q.shape
-        q, k, v = (x.reshape(b * h, length, e) for x in (q, k, v))
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        shares = []
-        for start in range(0, length, ATTENTION_BLOCK):
-            end = min(start + ATTENTION_BLOCK, length)
-            scores = torch.baddbmm(
-                bias[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=e**-0.5
-            )
-            p = scores.softmax(-1, dtype=q.dtype)
-            out[:, start:end] = torch.bmm(p, v[:, :end])
-            shares.append(p)
-        ctx.save_for_backward(q, k, v, *shares)
-        return out.unflatten(0, (b, h))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, *shares = ctx.saved_tensors
-        length, e = q.shape[1:]
-        b, h = grad.shape[:2]
-        grad = grad.reshape(b * h, length, e)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, start in zip(shares, range(0, length, ATTENTION_BLOCK), strict=True):
-            end = min(start + ATTENTION_BLOCK, length)
-            rows, keys = slice(start, end), slice(0, end)
-            dv[:, keys].baddbmm_(p.transpose(1, 2), grad[:, rows])
-            dp = torch.bmm(grad[:, rows], v[:, keys].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, rows] = torch.bmm(ds, k[:, keys]).mul_(e**-0.5)
-            dk[:, keys].baddbmm_(ds.transpose(1, 2), q[:, rows], alpha=e**-0.5)
-        return *(x.unflatten(0, (b, h)) for x in (dq, dk, dv)), None
 
 
 def rotary_angles(grid: int, size: int) -> Tensor:

@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armchair.attention import attend, attention_shares
 from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.prior.attention import (
     ImageKeys,
-    attend,
-    attention_shares,
     check_pattern,
     rotary_angles,
     stream_mask,
