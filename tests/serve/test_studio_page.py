@@ -87,8 +87,8 @@ def page(running, service, open_page):
 def draw(page, prompt: str = PROMPT, seed: str = "5") -> None:
     page.fill("#prompt", prompt)
     page.fill("#seed", seed)
-    page.press("#prompt", "Enter")
-    page.wait_for_selector("#stop", state="visible")
+    with page.expect_response("**/studio/draw"):  # Stop stands in Draw's place before it is asked, for a moment perhaps
+        page.press("#prompt", "Enter")
     page.wait_for_selector("#draw", state="visible")
 
 

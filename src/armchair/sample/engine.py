@@ -237,8 +237,10 @@ class Engine:
     def decode_together(self, steps: "Sequence[tuple[Tensor, int, Cache]]") -> list[Tensor]:
         """`decode_steps` of several caches in one pass through the weights, each at its own place of the picture.
 
-        With the same bits as each alone where rows are independent.
+        With the same bits as each alone: where rows are not independent, they go one after the other.
         """
+        if len(steps) > 1 and not self.independent_rows:
+            return [self.decode_steps(*step) for step in steps]
         x = _joined([self._embedded(tokens, j) for tokens, j, _ in steps])  # (sum of C R, D)
         sizes = [tokens.numel() for tokens, _, _ in steps]
         for i, layer in enumerate(self.layers):

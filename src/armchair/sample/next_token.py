@@ -1,7 +1,7 @@
 """From logits to the next token: guidance, min-p, temperature, top-k, top-p, and the pick: functions of tensors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Settings:
         ):
             if not good:
                 raise RequestError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+SETTINGS = tuple(field.name for field in fields(Settings))
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

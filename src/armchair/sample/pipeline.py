@@ -527,8 +527,7 @@ class Artist:
 
     def read_prompt(self, prompt: str) -> PromptCache:
         """The state of a prompt that was read, of one row. That it was cut, `reads` tells."""
-        tokens = self.text_tokenizer.encode([prompt], self.shape.text_length, warn=False)
-        return read_prompts(self.decoder(), torch.from_numpy(tokens).to(self.device))
+        return read_prompts(self.decoder(), self._tokens(prompt, warn=False))
 
     @functools.cached_property
     def empty_prompt(self) -> PromptCache:
@@ -562,17 +561,15 @@ class Artist:
         without a caption (a noisy channel; for captions so in Yee et al., 2019): a ranker has seen well-made pictures
         only, and does not mind what is none.
         """
-        scores: list[float | None] = [None] * len(images)
         told = [i for i, plan in enumerate(plans) if plan.prompt]
         if self.ranker is None or not told:
-            return scores
+            return [None] * len(images)
         found = self.ranker.score([images[i] for i in told], [plans[i].prompt for i in told])
-        for i, score in zip(told, found, strict=True):
-            scores[i] = score
+        scores = dict(zip(told, found, strict=True))
         weighed = [i for i in told if plans[i].settings.naturalness]
         for i, likelihood in zip(weighed, self.likelihoods(codes[weighed]), strict=True):
-            scores[i] = found[told.index(i)] + plans[i].settings.naturalness * likelihood
-        return scores
+            scores[i] += plans[i].settings.naturalness * likelihood
+        return [scores.get(i) for i in range(len(images))]
 
     @torch.inference_mode()
     def likelihoods(self, codes: np.ndarray) -> list[float]:
@@ -648,8 +645,9 @@ class Artist:
         given = {name: value for name, value in asked.items() if value is not None}
         return from_dict(Settings, {**to_dict(self.settings), **given})
 
-    def _tokens(self, prompt: str) -> Tensor:
-        return torch.from_numpy(self.text_tokenizer.encode([prompt], self.shape.text_length)).to(self.device)
+    def _tokens(self, prompt: str, warn: bool = True) -> Tensor:
+        tokens = self.text_tokenizer.encode([prompt], self.shape.text_length, warn=warn)
+        return torch.from_numpy(tokens).to(self.device)
 
     def _draw(
         self,

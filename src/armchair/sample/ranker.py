@@ -51,13 +51,14 @@ class Ranker:
         Images of other sizes are cut square and resized. Raises RequestError for no image, or no prompt.
         """
         check_prompt(prompt)
-        pictures, (text,) = self.embed_images(images), self.embed_texts([prompt])
-        return [float(picture @ text) for picture in pictures]  # one by one: a product's sums depend on its rows
+        images = several(images)
+        return self.score(images, [prompt] * len(images))
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """`rank` of each image for a prompt of its own: the same scores, bit for bit, and images seen together.
+        """`rank` of each image for a prompt of its own.
 
-        Texts are read one at a time, as a text's sums depend on those beside it, and the last ones are remembered.
+        Scores are taken one by one, as a product's sums depend on its rows. Texts are read one at a time, as a text's
+        sums depend on those beside it, and the last ones are remembered.
         """
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from armchair.errors import RequestError
+from armchair.sample.next_token import SETTINGS
 from armchair.sample.pipeline import MAX_SEED, Drawing, Rectangle
 from armchair.sample.ranker import check_prompt
 from armchair.serve.errors import ApiError, Json, error_object
@@ -242,12 +243,7 @@ def make_router(service: Service, store: Store, metrics: Metrics) -> APIRouter:
             candidates=body.candidates or n,
             keep=n,
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
-            min_p=body.min_p,
-            guidance=body.guidance,
-            naturalness=body.naturalness,
+            **{name: getattr(body, name) for name in SETTINGS},
             image=image,
             rectangle=rectangle,
         )

@@ -371,17 +371,13 @@ class Drawer:
         groups = [group for group in self._groups if not group.batch.done]
         if not groups:
             return
-        if self.decoder.independent_rows:
-            total = sum(len(group.rows) for group in groups)
-            for group in groups:
-                if group.batch.ahead > 1 or len(group.rows) == 1 and group.batch.several:
-                    group.batch.ahead = max(1, AHEAD // total)  # guesses are for what would be drawn alone
-            every = self.decoder.decode_together([group.batch.step() for group in groups])
-            for group, logits in zip(groups, every, strict=True):
-                group.batch.take(logits)
-        else:
-            for group in groups:
-                group.batch.take(self.decoder.decode_steps(*group.batch.step()))
+        total = sum(len(group.rows) for group in groups)
+        for group in groups:
+            if group.batch.ahead > 1 or len(group.rows) == 1 and group.batch.several:
+                group.batch.ahead = max(1, AHEAD // total)  # guesses are for what would be drawn alone
+        every = self.decoder.decode_together([group.batch.step() for group in groups])
+        for group, logits in zip(groups, every, strict=True):
+            group.batch.take(logits)
 
     def _codes_known(self) -> int:
         return sum(len(group.rows) * group.batch.known for group in self._groups)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from PIL import Image
 
 from armchair.errors import RequestError
+from armchair.sample.next_token import SETTINGS
 from armchair.sample.pipeline import Artist, Plan, Rectangle
 from armchair.sample.ranker import check_prompt, square_of
 from armchair.serve.models import Models, UnknownModel
@@ -132,12 +133,7 @@ def _plan(request: DrawRequest, image: Image.Image | None, artist: Artist) -> Pl
         candidates=request.candidates,
         keep=request.keep,
         seed=request.seed,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        min_p=request.min_p,
-        guidance=request.guidance,
-        naturalness=request.naturalness,
+        **{name: getattr(request, name) for name in SETTINGS},
     )
 
 

@@ -20,7 +20,7 @@ from armchair.bundle import bundled_names, find_bundle
 from armchair.config import from_dict, to_dict
 from armchair.errors import ArmchairError, RequestError
 from armchair.eval.ballot import Ballot
-from armchair.sample.next_token import Settings
+from armchair.sample.next_token import SETTINGS, Settings
 from armchair.sample.pipeline import MAX_SEED, UNDRAWN, Artist, Drawing, Record
 from armchair.sample.png import png_bytes, record_in, slug
 from armchair.serve.command import command_of
@@ -34,7 +34,6 @@ MAX_DROPPED = 8 << 20  # bytes of a PNG that is dropped on the page
 MAX_SIDE = 2048  # pixels of one
 MAX_CANDIDATES = 16  # of a prompt on the page
 CELLS_AT_ONCE = 4  # pictures of a table that are asked for at a time, so that others have their turn
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance", "naturalness")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
