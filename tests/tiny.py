@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from armchair.clip.model import CLIP, CLIPConfig, ImageTowerConfig, TextShape, TextTowerConfig
 from armchair.image.dvae import DVAE, DVAEConfig
+from armchair.image.fsq import FSQ, FSQConfig
+from armchair.image.vq import VQ, VQConfig
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior, PriorConfig
 from armchair.sample.generate import Decoder, candidate_uniforms, draw_codes
@@ -20,12 +22,29 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+# Sizes of an image tokenizer of 16 x 16 pixels and 4 x 4 codes.
+NETWORK = {"resolution": 16, "patch": 2, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8, "stem_kernel": 3}
+
+
 def dvae(seed: int = 0, **sizes: Any) -> DVAE:
-    defaults = {"resolution": 16, "patch": 2, "n_groups": 2, "n_blocks": 1, "n_hid": 8, "n_init": 8}
-    config = DVAEConfig(**{**defaults, "codebook_size": 32, "stem_kernel": 3, "min_log_scale": -3.0, **sizes})
+    config = DVAEConfig(**{**NETWORK, "codebook_size": 32, "min_log_scale": -3.0, **sizes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return DVAE(config).eval()
+
+
+def vq(seed: int = 0, **sizes: Any) -> VQ:
+    config = VQConfig(**{**NETWORK, "codebook_size": 32, "code_channels": 4, "min_log_scale": -3.0, **sizes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return VQ(config).eval()
+
+
+def fsq(seed: int = 0, **sizes: Any) -> FSQ:
+    config = FSQConfig(**{**NETWORK, "levels": (8, 4), "min_log_scale": -3.0, **sizes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return FSQ(config).eval()
 
 
 def pictures(count: int, resolution: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from armchair.errors import RequestError
@@ -36,7 +36,8 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
     """Build the config dataclass `cls` from nested mappings.
 
     Raises RequestError naming the full dotted field for an unknown field (with the nearest right name), a
-    missing one, or a value of the wrong type.
+    missing one, or a value of the wrong type. A field declared with `by_kind_of` has the class that the kind of
+    another field says.
     """
     if not isinstance(data, Mapping):
         raise RequestError(f"{where or cls.__name__}: expected a mapping of fields, got {data!r}")
@@ -44,10 +45,13 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise RequestError(f"unknown field {_dotted(where, key)!r}: {nearest(str(key), fields)}")
-    values = {}
+            kind = f" for kind {cls.kind!r}" if hasattr(cls, "kind") else ""
+            raise RequestError(f"unknown field {_dotted(where, key)!r}{kind}: {nearest(str(key), fields)}")
+    values: dict[str, Any] = {}
     for name, f in fields.items():
-        if name in data:
+        if name in data and "by_kind_of" in f.metadata:
+            values[name] = _by_kind_of_other(f, data[name], values, fields, where)
+        elif name in data:
             values[name] = _convert(hints[name], data[name], _dotted(where, name))
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise RequestError(f"missing field {_dotted(where, name)!r}")
@@ -55,6 +59,39 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
         return cls(**values)
     except RequestError as error:
         raise RequestError(f"{where}: {error}" if where else str(error)) from None
+
+
+def from_kind(options: Sequence[type[C]], data: Any, where: str = "") -> C:
+    """`from_dict` of the one of several config dataclasses whose `kind` the data names, of the first if it names none.
+
+    Raises RequestError, with the nearest right name, for an unknown kind.
+    """
+    kinds = {option.kind: option for option in options}  # type: ignore[attr-defined]
+    first = next(iter(kinds))
+    kind = data.get("kind", first) if isinstance(data, Mapping) else first
+    if not isinstance(kind, str) or kind not in kinds:
+        raise RequestError(f"{where}: kind: unknown {kind!r}: {nearest(str(kind), kinds)}")
+    return from_dict(kinds[kind], data, where)
+
+
+def by_kind_of(other: str, classes: Mapping[str, type]) -> dict[str, Any]:
+    """Metadata of a dataclass field whose class is one of `classes`: that of the `kind` of the field `other`.
+
+    `other` comes before it in the class.
+    """
+    return {"by_kind_of": other, "classes": classes}
+
+
+def _by_kind_of_other(
+    f: dataclasses.Field, data: Any, values: dict[str, Any], fields: dict[str, dataclasses.Field], where: str
+) -> Any:
+    other, classes = f.metadata["by_kind_of"], f.metadata["classes"]
+    kind = values[other].kind if other in values else fields[other].default_factory().kind  # type: ignore[misc]
+    try:
+        return _convert(classes[kind], data, _dotted(where, f.name))
+    except RequestError as error:
+        why = "" if kind == next(iter(classes)) else f" ({_dotted(where, other)}.kind is {kind!r})"
+        raise RequestError(f"{error}{why}") from None
 
 
 def to_dict(config: Any) -> Any:
@@ -102,6 +139,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         options = tuple(o for o in options if o is not type(None))
+        if len(options) > 1 and all(dataclasses.is_dataclass(o) for o in options):
+            return value if isinstance(value, options) else from_kind(options, value, where)
         for option in options[:-1]:
             try:
                 return _convert(option, value, where)

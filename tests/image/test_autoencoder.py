@@ -7,7 +7,8 @@ import torch
 
 import tiny
 from armchair.errors import RequestError
-from armchair.image.autoencoder import Autoencoder, distinct, kmeans
+from armchair.image.autoencoder import Autoencoder
+from armchair.image.clusters import distinct, kmeans
 
 
 def autoencoder(channels: int = 4, noise: float = 0.4, **sizes) -> Autoencoder:

@@ -9,15 +9,8 @@ from torch import Tensor, nn
 import tiny
 from armchair.errors import RequestError
 from armchair.image import dvae as dvae_module
-from armchair.image.dvae import (
-    DVAE,
-    Block,
-    DVAEConfig,
-    gumbel_relaxation,
-    logit_laplace_log_prob,
-    map_pixels,
-    unmap_pixels,
-)
+from armchair.image.dvae import DVAE, DVAEConfig, gumbel_relaxation
+from armchair.image.network import Block, logit_laplace_log_prob, map_pixels, unmap_pixels
 
 # The density and the pixel map.
 

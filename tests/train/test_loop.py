@@ -24,8 +24,8 @@ from armchair.train.loop import Interrupted, fit
 from armchair.train.optim import step_size
 from armchair.train.prior import PriorStage
 from armchair.train.recipe import (
+    DVAETraining,
     FitConfig,
-    ImageTokenizerTraining,
     PriorTraining,
     Recipe,
     TextTokenizerConfig,
@@ -214,7 +214,7 @@ def test_an_error_in_a_part_stops_the_run(tmp_path):
 def dvae_after_training(folder: Path, encoder_scale: float) -> tuple[DVAE, DVAE]:
     """A dVAE as it was, and after three updates on shapes."""
     data = DataConfig(train=("shapes:train,length=16",), resolution=64)
-    training = ImageTokenizerTraining(
+    training = DVAETraining(
         steps=3, batch_size=4, lr=1e-3, warmup=0, ema=0.0, encoder_scale=encoder_scale, weight_decay=0.1
     )
     model = tiny.dvae(resolution=64, patch=8)
@@ -273,7 +273,7 @@ def prior_stage(accumulate: int = 1, **fields) -> PriorStage:
         text_tokenizer=TextTokenizerConfig(vocab_size=300, length=6),
         image_tokenizer=DVAEConfig(resolution=16, patch=2, n_groups=2, n_hid=8, codebook_size=32),
         prior=PriorConfig(d_model=16, n_layer=2, n_head=2, attention=("row",)),
-        image_tokenizer_training=ImageTokenizerTraining(steps=1, batch_size=1, lr=1e-3),
+        image_tokenizer_training=DVAETraining(steps=1, batch_size=1, lr=1e-3),
         prior_training=PriorTraining(**{**training, "accumulate": accumulate, **fields}),
     )
     codes = Codes(20, stream)
@@ -373,10 +373,10 @@ def test_prompt_accuracy_is_the_share_of_right_pictures():
     ],
 )
 def test_codes_that_no_prior_can_use_stop_the_run(figures, message):
-    config = ImageTokenizerTraining(steps=1, batch_size=1, lr=1e-3)
-    check_codes(CodeFigures(16.0, 0.06, 2.5), config, 32)
+    config = DVAETraining(steps=1, batch_size=1, lr=1e-3)
+    check_codes(CodeFigures(16.0, 0.06, 2.5), config, DVAEConfig(codebook_size=32))
     with pytest.raises(WorkError, match=message):
-        check_codes(figures, config, 32)
+        check_codes(figures, config, DVAEConfig(codebook_size=32))
 
 
 def test_code_figures_against_the_literal_ones():

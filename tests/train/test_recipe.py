@@ -91,7 +91,7 @@ def test_overrides_are_dotted_names(small):
         ({"prior_training.code_noise": 1.0}, r"prior_training: code_noise: expected 0 or more and less than 1"),
         ({"prior_training.code_dropout": -0.1}, r"prior_training: code_dropout: expected 0 or more and less than 1"),
         ({"prior.kind": "transformr"}, r"prior: kind: unknown 'transformr'.*'transformer'"),
-        ({"image_tokenizer.kind": "vqgan"}, r"image_tokenizer: kind: unknown 'vqgan'.*dvae"),
+        ({"image_tokenizer.kind": "vqgan"}, r"image_tokenizer: kind: unknown 'vqgan'.*'vq'"),
         ({"ranker": {"kind": "siglip"}}, r"ranker: kind: unknown 'siglip'.*clip"),
         ({"prior.attention": ["rows"]}, r"prior: unknown attention pattern 'rows'.*'row'"),
         ({"text_tokenizer.vocab_size": 100}, r"text_tokenizer: vocab_size: expected at least 256"),

@@ -23,9 +23,9 @@ from torch import Tensor
 from armchair.bundle import Bundle, bundled_names, find_bundle, read_bundle
 from armchair.config import check_name, from_dict, to_dict
 from armchair.errors import BundleError, RequestError, WorkError
-from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.pixels import BrokenSample, read_image, stack, to_pil
 from armchair.image.sheet import contact_sheet
+from armchair.image.tokenizer import image_tokenizer_config, make_image_tokenizer
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig, PromptCache
 from armchair.runtime import pick_device
@@ -208,7 +208,7 @@ class Artist:
             raise BundleError(f"{bundle.path}: this bundle only ranks; give it as the ranker of one that draws")
         try:
             recipe = info["recipe"]
-            image_config = from_dict(DVAEConfig, recipe["image_tokenizer"], "recipe.image_tokenizer")
+            image_config = image_tokenizer_config(recipe["image_tokenizer"], "recipe.image_tokenizer")
             prior_config = from_dict(PriorConfig, recipe["prior"], "recipe.prior")
             drawing = recipe["drawing"]  # an older bundle lacks the settings that came after it
             defaults = {f.name: drawing[f.name] for f in fields(Settings) if f.name in drawing}
@@ -232,7 +232,9 @@ class Artist:
                 f"bundle.json says {shape.text_vocab_size}"
             )
         self.bundle, self.model, self.device = bundle, model, device
-        self.image_tokenizer = load_part(lambda: DVAE(image_config), bundle, "image_tokenizer", device)
+        self.image_tokenizer = load_part(
+            lambda: make_image_tokenizer(image_config), bundle, "image_tokenizer", device
+        )
         self._prior_config = prior_config
         self._eight_bits = None if exported(bundle) is None else _read_eight_bits(bundle, prior_config, shape)
         if ranker is None and "ranker" in bundle.parts:

@@ -1,4 +1,4 @@
-"""Stage 1: the dVAE on images, and the check of its codes before stage 2 (paper, section 2.1)."""
+"""Stage 1: the image tokenizer on images, and the check of its codes before stage 2 (paper, section 2.1)."""
 
 import math
 from collections.abc import Generator
@@ -13,12 +13,14 @@ from armchair.data.loader import batches
 from armchair.data.sources import Source
 from armchair.errors import WorkError
 from armchair.image.autoencoder import Autoencoder, varied_crops
-from armchair.image.dvae import DVAE
+from armchair.image.network import ImageTokenizer
 from armchair.image.pixels import square, stack, to_pil
 from armchair.image.sheet import contact_sheet
+from armchair.image.tokenizer import ImageTokenizerConfig
 from armchair.runtime import generator, stream_seed
 from armchair.train.optim import cosine
-from armchair.train.recipe import AutoencoderTraining, FitConfig, ImageTokenizerTraining, Recipe
+from armchair.train.perceptual import Perceptual, mean_pictures
+from armchair.train.recipe import AutoencoderTraining, DVAETraining, FitConfig, ImageTokenizerTraining, Recipe
 
 
 class CodeFigures(NamedTuple):
@@ -30,7 +32,7 @@ class CodeFigures(NamedTuple):
 
 
 @torch.inference_mode()
-def code_figures(model: DVAE, images: Tensor, batch_size: int = 64) -> CodeFigures:
+def code_figures(model: ImageTokenizer, images: Tensor, batch_size: int = 64) -> CodeFigures:
     """images: (B, 3, R, R) in [0, 1]."""
     counts = torch.zeros(model.codebook_size, device=images.device)
     ratios = []
@@ -73,59 +75,80 @@ class ImageStage:
 
 
 class ImageTokenizerStage(ImageStage):
-    """What `armchair.train.loop.fit` needs to train a dVAE."""
+    """What `armchair.train.loop.fit` needs to train an image tokenizer.
+
+    Raises RequestError where the recipe asks for the perceptual term and the packages that it needs are missing.
+    """
 
     name = "image_tokenizer"
     config: ImageTokenizerTraining
-    model: DVAE
+    model: ImageTokenizer
 
-    def __init__(self, recipe: Recipe, model: DVAE, source: Source, validation: Tensor):
+    def __init__(self, recipe: Recipe, model: ImageTokenizer, source: Source, validation: Tensor):
         super().__init__(recipe, recipe.image_tokenizer_training, source, validation, recipe.seed)
         self.model = model
+        self.perceptual = Perceptual() if self.config.perceptual_weight else None
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # by part of the batch, until the update is done
         if self.config.encoder_scale == 0:  # what does not learn needs no gradients, nor a share of their norm
-            model.encoder.requires_grad_(False)
-            model.to_logits.requires_grad_(False)
+            for name, p in model.named_parameters():
+                if name.startswith(model.encoder_parts):
+                    p.requires_grad_(False)
 
-    def tau(self, step: int) -> float:
-        return cosine(step, self.config.tau_steps, self.config.tau_start, self.config.tau_end)
-
-    def kl_weight(self, step: int) -> float:
-        return cosine(step, self.config.kl_steps, self.config.kl_start, self.config.kl_weight)
+    def settings(self, step: int) -> dict[str, float]:
+        """What the schedules say at a step: temperature and KL weight of a dVAE; nothing for other kinds."""
+        c = self.config
+        if not isinstance(c, DVAETraining):
+            return {}
+        return {
+            "tau": cosine(step, c.tau_steps, c.tau_start, c.tau_end),
+            "kl_weight": cosine(step, c.kl_steps, c.kl_start, c.kl_weight),
+        }
 
     def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         where = generator(self.recipe.seed, self.name, "crops", step, part, device=batch.device)
         batch = varied_crops(batch, self.config.crop, self.model.config.factor, where)
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
-        tau, kl_weight = self.tau(step), self.kl_weight(step)
-        loss, reconstruction, kl = self.model.relaxed_loss(batch, tau, kl_weight, noise)
-        return loss, {
-            "reconstruction": reconstruction.detach(),
-            "kl": kl.detach(),
-            "tau": tau,
-            "kl_weight": kl_weight,
-        }
+        settings = self.settings(step)
+        done = self.model.training_pass(batch, noise, settings)
+        if done.seen is not None:
+            self.seen[part] = done.seen
+        loss, figures = done.loss, {name: figure.detach() for name, figure in done.figures.items()}
+        if self.perceptual is not None:
+            distance = self.perceptual(batch, mean_pictures(done.mu))
+            loss, figures["perceptual"] = loss + self.config.perceptual_weight * distance, distance.detach()
+        return loss, {**figures, **settings}
+
+    def after_update(self, step: int) -> None:
+        """Let the tokenizer learn from what its codes were chosen for, all parts of the batch at once."""
+        if not self.seen:
+            return
+        points, codes = (torch.cat(parts) for parts in zip(*(self.seen[i] for i in sorted(self.seen)), strict=True))
+        self.seen.clear()
+        noise = generator(self.recipe.seed, self.name, "codebook", step, device=points.device)
+        self.model.after_update(points, codes, noise)
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:
-        """Round-trip figures; both bounds, in nats per pixel-channel (paper, appendix A.2).
+        """Round-trip figures, and bounds, in nats per pixel-channel (paper, appendix A.2).
 
-        The relaxed bound is the trained one at tau's end, the hard bound that of the codes as they are used:
-        its KL to the uniform prior is ln K, as the argmax has no entropy.
+        The hard bound is that of the codes as they are used: its KL to the uniform prior is ln K, as the choice has no
+        entropy. A dVAE has the relaxed bound too, the trained one at tau's end.
         """
         images = self.validation.to(next(model.parameters()).device)
         positions = 3 * model.config.factor**2
         relaxed, hard = [], []
         for i, chunk in enumerate(images.split(64)):
-            noise = generator(self.recipe.seed, "validation", i, device=images.device)
-            r = model.relaxed_loss(chunk, self.config.tau_end, 0.0, noise)
-            relaxed.append((float(r.reconstruction) + float(r.kl) / positions) * len(chunk))
+            if isinstance(self.config, DVAETraining):
+                noise = generator(self.recipe.seed, "validation", i, device=images.device)
+                r = model.relaxed_loss(chunk, self.config.tau_end, 0.0, noise)
+                relaxed.append((float(r.reconstruction) + float(r.kl) / positions) * len(chunk))
             hard.append(float(model.hard_loss(chunk, model.encode(chunk))) * len(chunk))
         figures = code_figures(model, images)
         hard_mean = sum(hard) / len(images)
         return {
             "loss": hard_mean,
             **figures._asdict(),
-            "elbo_relaxed": -sum(relaxed) / len(images),
+            **({"elbo_relaxed": -sum(relaxed) / len(images)} if relaxed else {}),
             "elbo_hard": -hard_mean - math.log(model.codebook_size) / positions,
         }
 
@@ -186,18 +209,29 @@ def round_trips(images: Tensor, again: Tensor) -> Image.Image:
     return contact_sheet(ordered, None, columns=columns, scale=2)
 
 
-def check_codes(figures: CodeFigures, config: ImageTokenizerTraining, codebook_size: int) -> None:
+# What to turn where codes collapse, by kind of image tokenizer.
+COLLAPSE_REMEDIES = {
+    "dvae": "lower image_tokenizer_training.kl_weight (now {training.kl_weight}) or lr (now {training.lr}), or give "
+    "the run a start with autoencoder_training",
+    "vq": "raise image_tokenizer.reseed (now {config.reseed}), or lower image_tokenizer.code_channels (now "
+    "{config.code_channels}) or image_tokenizer_training.lr (now {training.lr})",
+    "fsq": "lower image_tokenizer_training.lr (now {training.lr}), or spread the codes over more channels with fewer "
+    "image_tokenizer.levels each",
+}
+
+
+def check_codes(figures: CodeFigures, training: ImageTokenizerTraining, config: ImageTokenizerConfig) -> None:
     """Raises WorkError, naming the knob to turn, for codes that no prior could draw good pictures from."""
-    if figures.usage < config.min_usage or figures.perplexity < 2:
+    if figures.usage < training.min_usage or figures.perplexity < 2:
+        remedy = COLLAPSE_REMEDIES[config.kind].format(training=training, config=config)
         raise WorkError(
-            f"the codebook collapsed: {figures.usage:.1%} of {codebook_size} codes are used, perplexity "
-            f"{figures.perplexity:.1f}; lower image_tokenizer_training.kl_weight (now {config.kl_weight}) or lr "
-            f"(now {config.lr}), or give the run a start with autoencoder_training"
+            f"the codebook collapsed: {figures.usage:.1%} of {config.codebook_size} codes are used, perplexity "
+            f"{figures.perplexity:.1f}; {remedy}"
         )
-    if figures.psnr < config.min_psnr:
+    if figures.psnr < training.min_psnr:
         raise WorkError(
             f"the round trip through the codes has {figures.psnr:.1f} dB, less than "
-            f"image_tokenizer_training.min_psnr {config.min_psnr}; train longer (steps, now {config.steps}) or "
+            f"image_tokenizer_training.min_psnr {training.min_psnr}; train longer (steps, now {training.steps}) or "
             f"use a finer grid (image_tokenizer.patch or n_groups)"
         )
 

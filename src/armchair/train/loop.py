@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -57,6 +57,14 @@ class Stage(Protocol):
         """A picture that shows how well the averaged weights do, with fixed inputs and seeds."""
 
 
+@runtime_checkable
+class FollowsUp(Protocol):
+    """A stage that moves something of its model's by itself, which no gradient does, such as a codebook."""
+
+    def after_update(self, step: int) -> None:
+        """Called once the optimiser has moved the weights in `step`."""
+
+
 def fit(
     stage: Stage,
     config: FitConfig,
@@ -95,7 +103,11 @@ def fit(
             _check_finite(stage.name, step, metrics["loss"], norm, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if isinstance(stage, FollowsUp):
+                stage.after_update(step)
             update_ema(list(average.parameters()), list(model.parameters()), config.ema, step)
+            for kept, new in zip(average.buffers(), model.buffers(), strict=True):
+                kept.copy_(new)  # statistics that are averages already
 
             done, last = step + 1, step + 1 == config.steps
             report.step(done, {**metrics, "grad_norm": norm, "lr": lr, "data_wait": waited})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from armchair.clip.model import CLIP
-from armchair.image.dvae import DVAE
+from armchair.image.network import ImageTokenizer
 from armchair.prior.transformer import BASE_WIDTH, Prior
 from armchair.runtime import compute_type
 from armchair.train.muon import MuonAdamW
@@ -54,7 +54,7 @@ def parameter_groups(
 
     Under AdamW a prior's hidden matrices carry `lr_scale` 256 / D, so that one step size serves every width (see the
     table in `armchair.prior.transformer`); where it has `code_features`, the codes' vectors carry CODE_VECTORS_SCALE.
-    The encoder of a dVAE, its logits included, carries `encoder_scale`.
+    The encoder of an image tokenizer, with what makes codes of its features, carries `encoder_scale`.
     With `matrix_scale`, Muon moves the matrices within the blocks and the convolutions, at that share of the step size.
     """
     groups: dict[_Kind, list[nn.Parameter]] = {}
@@ -79,7 +79,7 @@ def _kind(
         if matrix_scale is not None and model.is_hidden_matrix(name):
             return _Kind(decay, matrix_scale, 3 if name.endswith("qkv.weight") else 1)
         return _Kind(decay if p.ndim >= 2 and "embedding" not in name and "position" not in name else 0.0, 1.0)
-    scale = encoder_scale if isinstance(model, DVAE) and name.startswith(("encoder.", "to_logits.")) else 1.0
+    scale = encoder_scale if isinstance(model, ImageTokenizer) and name.startswith(model.encoder_parts) else 1.0
     if matrix_scale is not None and p.ndim == 4 and "to_logits" not in name:
         return _Kind(decay, matrix_scale * scale, 1)
     return _Kind(decay if p.ndim >= 2 and not name.endswith("codebook") else 0.0, scale)

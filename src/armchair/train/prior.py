@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armchair.data.loader import Order, draw_caption
 from armchair.data.token_cache import TokenCache
-from armchair.image.dvae import DVAE
+from armchair.image.network import ImageTokenizer
 from armchair.image.pixels import to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import stream_loss
@@ -45,7 +45,7 @@ class PriorStage:
         recipe: Recipe,
         model: Prior,
         text_tokenizer: TextTokenizer,
-        image_tokenizer: DVAE,
+        image_tokenizer: ImageTokenizer,
         cache: TokenCache,
         validation: TokenCache,
     ):

@@ -1,16 +1,17 @@
 """A recipe: one YAML file with everything that is needed to make a bundle again."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from armchair.clip.model import CLIPConfig
 from armchair.clip.negatives import NearMisses
-from armchair.config import check_name, from_dict, merged, with_overrides
+from armchair.config import by_kind_of, check_name, from_dict, merged, with_overrides
 from armchair.data.sources import DataConfig
 from armchair.errors import RequestError
 from armchair.image.dvae import DVAEConfig
+from armchair.image.tokenizer import IMAGE_TOKENIZER_CONFIGS, ImageTokenizerConfig
 from armchair.prior.transformer import PriorConfig
 
 SCHEDULES = ("cosine", "constant", "plateau")
@@ -104,16 +105,11 @@ class AutoencoderTraining(FitConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokenizerTraining(FitConfig):
-    """Stage 1. Temperature and KL weight follow cosines (paper, appendix A.2)."""
+    """Stage 1, whatever the kind of image tokenizer."""
 
-    tau_start: float = 1.0
-    tau_end: float = 1 / 16
-    tau_steps: int = 150_000
-    kl_start: float = 0.0
-    kl_weight: float = 6.6
-    kl_steps: int = 5_000
     crop: int | None = None  # side of the crops that are trained on, taken where pixels vary; none: whole pictures
     encoder_scale: float = 1.0  # step size of the encoder, as a share of the others'
+    perceptual_weight: float = 0.0  # of the distance between pictures and round trips in an ImageNet network's features
     weight_decay: float = 1e-4
     # The codes are checked before stage 2 starts; below these the run stops.
     min_psnr: float = 15.0
@@ -121,8 +117,28 @@ class ImageTokenizerTraining(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.encoder_scale >= 0:
-            raise RequestError(f"encoder_scale: expected 0 or more, got {self.encoder_scale}")
+        for name in ("encoder_scale", "perceptual_weight"):
+            if not getattr(self, name) >= 0:
+                raise RequestError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAETraining(ImageTokenizerTraining):
+    """Stage 1 of a dVAE. Temperature and KL weight follow cosines (paper, appendix A.2)."""
+
+    tau_start: float = 1.0
+    tau_end: float = 1 / 16
+    tau_steps: int = 150_000
+    kl_start: float = 0.0
+    kl_weight: float = 6.6
+    kl_steps: int = 5_000
+
+
+IMAGE_TOKENIZER_TRAININGS: dict[str, type[ImageTokenizerTraining]] = {
+    "dvae": DVAETraining,
+    "vq": ImageTokenizerTraining,
+    "fsq": ImageTokenizerTraining,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +209,13 @@ class Recipe:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
-    image_tokenizer: DVAEConfig = field(default_factory=DVAEConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=DVAEConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     ranker: CLIPConfig | None = None  # none: candidates are not ranked
     autoencoder_training: AutoencoderTraining | None = None  # none: the dVAE starts at random, as in the paper
-    image_tokenizer_training: ImageTokenizerTraining
+    image_tokenizer_training: ImageTokenizerTraining = field(
+        metadata=by_kind_of("image_tokenizer", IMAGE_TOKENIZER_TRAININGS)
+    )
     prior_training: PriorTraining
     ranker_training: RankerTraining | None = None
     drawing: DrawingConfig = field(default_factory=DrawingConfig)
@@ -207,6 +225,16 @@ class Recipe:
             raise RequestError(
                 f"data.resolution {self.data.resolution} and image_tokenizer.resolution "
                 f"{self.image_tokenizer.resolution} differ; set both to the same number of pixels"
+            )
+        kind, training = self.image_tokenizer.kind, type(self.image_tokenizer_training)
+        if training is not (expected := IMAGE_TOKENIZER_TRAININGS[kind]):
+            raise RequestError(
+                f"image_tokenizer_training: an image tokenizer of kind {kind!r} is trained by {expected.__name__}, "
+                f"got {training.__name__}"
+            )
+        if kind != "dvae" and self.autoencoder_training is not None:
+            raise RequestError(
+                f"autoencoder_training is a start for a dVAE, and image_tokenizer.kind is {kind!r}: set it to null"
             )
         if (self.ranker is None) != (self.ranker_training is None):
             raise RequestError("ranker and ranker_training belong together: give both or neither")
@@ -219,13 +247,16 @@ class Recipe:
                     f"got {crop}"
                 )
         if self.image_tokenizer.codebook_size > 65536:
-            raise RequestError("image_tokenizer.codebook_size: at most 65536 codes can be cached")
+            raise RequestError(
+                f"image_tokenizer: at most 65536 codes can be cached, got {self.image_tokenizer.codebook_size}"
+            )
 
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a YAML recipe strictly. `overrides` are dotted names, `{"prior.n_layer": 4}`.
 
-    A file with `base: OTHER.yaml`, a path from its own folder, says only what differs from that recipe.
+    A file with `base: OTHER.yaml`, a path from its own folder, says only what differs from that recipe. Where that is
+    the kind of image tokenizer, what the other kind alone knows is left behind.
 
     Raises RequestError for a file that is missing or not YAML, and for unknown fields.
     """
@@ -258,4 +289,30 @@ def _fields(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     base = data.pop("base")
     if not isinstance(base, str):
         raise RequestError(f"{path}: base: expected the path of a recipe, got {base!r}")
-    return merged(_fields(path.parent / base, (*above, path.resolve())), data)
+    below = _fields(path.parent / base, (*above, path.resolve()))
+    return merged(_without_other_kinds(below, data), data)
+
+
+def _without_other_kinds(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` without the fields of its kind of image tokenizer that the kind that `above` says does not have."""
+
+    def kind_in(data: dict[str, Any], otherwise: Any) -> Any:
+        section = data.get("image_tokenizer")
+        return section.get("kind", otherwise) if isinstance(section, dict) else otherwise
+
+    before = kind_in(below, "dvae")
+    after = kind_in(above, before)
+    if after == before or not isinstance(after, str) or after not in IMAGE_TOKENIZER_CONFIGS:
+        return below
+    known: dict[str, type] = {
+        "image_tokenizer": IMAGE_TOKENIZER_CONFIGS[after],
+        "image_tokenizer_training": IMAGE_TOKENIZER_TRAININGS[after],
+    }
+    kept = dict(below)
+    for section, config in known.items():
+        if isinstance(kept.get(section), dict):
+            names = {f.name for f in fields(config)}
+            kept[section] = {name: value for name, value in kept[section].items() if name in names}
+    if after != "dvae":
+        kept.pop("autoencoder_training", None)
+    return kept

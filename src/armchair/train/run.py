@@ -35,6 +35,8 @@ from armchair.data.token_cache import TokenCache, build_cache, open_cache
 from armchair.errors import RequestError, WorkError
 from armchair.image.autoencoder import Autoencoder
 from armchair.image.dvae import DVAE
+from armchair.image.network import ImageTokenizer
+from armchair.image.tokenizer import make_image_tokenizer
 from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior
 from armchair.runtime import autocast, generator, stream_seed
@@ -102,23 +104,28 @@ class Run:
         self.report.message(f"text_tokenizer: {tokenizer.vocab_size} entries")
         return tokenizer
 
-    def image_tokenizer(self) -> DVAE:
-        model = _initialised(lambda: DVAE(self.recipe.image_tokenizer), self.recipe.seed, "image_tokenizer")
+    def image_tokenizer(self) -> ImageTokenizer:
+        recipe = self.recipe
+        model = _initialised(lambda: make_image_tokenizer(recipe.image_tokenizer), recipe.seed, "image_tokenizer")
         if self.init is not None:
             _load(model, self.init, "image_tokenizer")
-        validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution)
+        validation = fixed_images(self.val_source, VALIDATION_IMAGES, recipe.data.resolution)
         if self.init is None and not checkpoints(self.folder / ImageTokenizerStage.name):
             model = self._with_start(model, validation)
-        stage = ImageTokenizerStage(self.recipe, model, self.train_source, validation)
-        average = self._fit(stage, self.recipe.image_tokenizer_training)
-        assert isinstance(average, DVAE)
+        stage = ImageTokenizerStage(recipe, model, self.train_source, validation)
+        average = self._fit(stage, recipe.image_tokenizer_training)
+        assert isinstance(average, ImageTokenizer)
         return average
 
-    def _with_start(self, model: DVAE, validation: Tensor) -> DVAE:
-        """The dVAE as its first update finds it: after its start as an autoencoder, where the recipe asks for one."""
-        if (config := self.recipe.autoencoder_training) is None:
-            return model
+    def _with_start(self, model: ImageTokenizer, validation: Tensor) -> ImageTokenizer:
+        """The image tokenizer as its first update finds it: after its kind's start, or the one that the recipe has."""
         recipe = self.recipe
+        if model.start_images:
+            sample = fixed_images(self.train_source, model.start_images, recipe.data.resolution)
+            model.to(self.device).start(sample.to(self.device), generator(recipe.seed, "start"))
+        if (config := recipe.autoencoder_training) is None:
+            return model
+        assert isinstance(model, DVAE)  # as a recipe makes sure of
         autoencoder = _initialised(
             lambda: Autoencoder(model, config.channels, config.noise, config.crop), recipe.seed, "autoencoder"
         )
@@ -137,7 +144,7 @@ class Run:
         text_tokenizer, image_tokenizer = self.text_tokenizer(), self.image_tokenizer()
         validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution).to(self.device)
         figures = code_figures(image_tokenizer, validation)
-        check_codes(figures, self.recipe.image_tokenizer_training, image_tokenizer.codebook_size)
+        check_codes(figures, self.recipe.image_tokenizer_training, self.recipe.image_tokenizer)
         train = self._cache("train", self.train_source, image_tokenizer, self.recipe.prior_training.views)
         val = self._cache("val", self.val_source, image_tokenizer, 1)
         shape = StreamShape(
@@ -206,7 +213,7 @@ class Run:
             stage, config, self.folder / stage.name, self.report, device=self.device, should_stop=self.should_stop
         )
 
-    def _cache(self, name: str, source: Source, tokenizer: DVAE, views: int) -> TokenCache:
+    def _cache(self, name: str, source: Source, tokenizer: ImageTokenizer, views: int) -> TokenCache:
         data = self.recipe.data
         settings = json.dumps(to_dict(data), sort_keys=True) + f"{views} {self.recipe.seed} 1"
         parts = (_weights_digest(tokenizer), source.fingerprint(), settings)
