@@ -48,13 +48,27 @@ def test_codes_are_those_of_a_reference(levels, seed):
     assert torch.equal(codes_from_digits(digits.long(), levels), codes.long())
 
 
-def test_training_and_use_have_the_same_codes():
-    model, images = tiny.fsq(), tiny.pictures(6, 16)
+def test_training_and_use_have_the_same_codes_once_their_statistics_are_known():
+    model, images = tiny.fsq(), tiny.pictures(32, 16)
+    model.start(images, tiny.seeded())
     codes = model.encode(images)
     with torch.no_grad():
         done = model.training_pass(images, tiny.seeded(), {})
-        assert float(done.loss) == pytest.approx(float(model.hard_loss(images, codes)), abs=1e-5)
-    assert len(codes.unique()) > 2
+        assert float(done.loss) == pytest.approx(float(model.hard_loss(images, codes)), abs=1e-4)
+    digits = digits_from_codes(codes.unique(), (8, 4))
+    assert len(digits) > 16 and (digits.amax(0) - digits.amin(0) >= 3).all()
+
+
+def test_in_use_numbers_are_whitened_by_what_training_saw():
+    model, images = tiny.fsq(), tiny.pictures(32, 16)
+    for _ in range(300):
+        with torch.no_grad():
+            done = model.training_pass(images, tiny.seeded(), {})
+        model.after_update(done.seen, tiny.seeded())
+    with torch.no_grad():
+        numbers = model.down(model.features(images)).flatten(0, 2)
+    torch.testing.assert_close(numbers.mean(0), torch.zeros(2), atol=0.05, rtol=0)
+    torch.testing.assert_close(numbers.std(0), torch.ones(2), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,7 @@ def test_a_batch_can_be_learnt_by_heart(kind):
         done = model.training_pass(images, noise, {"tau": max(1 / 16, 1 - step / 100), "kl_weight": 0.1})
         done.loss.backward()
         optimizer.step()
-        if done.seen is not None:
-            model.after_update(*done.seen, noise)
+        model.after_update(done.seen, noise)
     assert error() < before / 2
 
 

@@ -8,19 +8,19 @@ Shapes: B batch, S grid side, K codebook size, C channels.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.image.network import (
     ImageTokenizer,
     NetworkConfig,
+    Numbers,
     TrainingPass,
-    linear,
     make_decoder,
     make_encoder,
     negative_log_likelihood,
@@ -48,34 +48,43 @@ class FSQConfig(NetworkConfig):
 
 
 class FSQ(ImageTokenizer):
+    """`down` makes the numbers, and `up` what the decoder gets of their levels."""
+
     encoder_parts = ("encoder.", "down.")
+    start_images = 1024
     config: FSQConfig
 
     def __init__(self, config: FSQConfig):
         super().__init__(config)
         self.encoder, self.n_features = make_encoder(config)
-        self.down = linear(self.n_features, len(config.levels))
-        self.up = linear(len(config.levels), config.n_init)
+        self.down = Numbers(self.n_features, len(config.levels))
+        self.up = nn.Linear(len(config.levels), config.n_init)
         self.decoder = make_decoder(config)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def codes_of(self, features: Tensor) -> Tensor:
-        return codes_from_digits(self._bounded(features).round().long(), self.config.levels)
+        return codes_from_digits(bounded(self.down(features), self.config.levels).round().long(), self.config.levels)
 
     def latent(self, codes: Tensor) -> Tensor:
         return self.up(scaled(digits_from_codes(codes, self.config.levels).float(), self.config.levels))
 
     def training_pass(self, images: Tensor, generator: torch.Generator, settings: Mapping[str, float]) -> TrainingPass:
         """-log likelihood per pixel-channel; gradients go straight through the rounding."""
-        bounded = self._bounded(self.features(images))
-        digits = bounded + (bounded.round() - bounded).detach()
+        raw = self.down.raw(self.features(images))
+        near = bounded(self.down.over_batch(raw), self.config.levels)
+        digits = near + (near.round() - near).detach()
         mu, log_b = self.density(self.up(scaled(digits, self.config.levels)))
         loss = negative_log_likelihood(images, mu, log_b)
-        return TrainingPass(loss, mu, {"reconstruction": loss})
+        return TrainingPass(loss, mu, {"reconstruction": loss}, (raw.detach().flatten(0, 2),))
 
-    def _bounded(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return bounded(self.down(features.float()), self.config.levels)
+    def start(self, images: Tensor, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            said = [self.down.raw(self.features(chunk)).flatten(0, 2) for chunk in images.split(64)]
+        self.down.follow(torch.cat(said), decay=0.0)
+
+    def after_update(self, seen: Sequence[Tensor], generator: torch.Generator) -> None:
+        (raw,) = seen
+        self.down.follow(raw)
 
 
 def bounded(numbers: Tensor, levels: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ Images are float (B, 3, R, R) in [0, 1] at every public function; the pixel map 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +20,8 @@ from armchair.errors import RequestError
 from armchair.image.clusters import distinct_rows
 
 PIXEL_EPS = 0.1  # epsilon of the pixel map: keeps logit(x) finite and well scaled
+WHITE_EPS = 1e-5
+WHITE_DECAY = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +124,41 @@ def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
     return c
 
 
-def linear(n_in: int, n_out: int) -> nn.Linear:
-    """A map between features and the few numbers of a code, started as the convolutions are."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.normal_(layer.weight, std=1 / math.sqrt(n_in))
-    nn.init.zeros_(layer.bias)
-    return layer
+class Numbers(nn.Module):
+    """Features down to a few numbers a place, whitened: in training over the batch, in use by what training saw lately.
+
+    Without whitening, what places differ by is small beside what they have in common, and all pictures start with the
+    same few codes. (Batch normalisation: Ioffe and Szegedy, 2015.)
+    """
+
+    mean: Tensor  # (C,) of what the map gives
+    std: Tensor
+
+    def __init__(self, n_features: int, channels: int):
+        super().__init__()
+        self.map = nn.Linear(n_features, channels, bias=False)
+        nn.init.normal_(self.map.weight, std=1 / math.sqrt(n_features))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def raw(self, features: Tensor) -> Tensor:
+        """(..., n_features) -> (..., C), in 32 bits under autocast too: near codes must stay apart."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.map(features.float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., n_features) -> (..., C), as in use."""
+        return (self.raw(features) - self.mean) / self.std
+
+    def over_batch(self, raw: Tensor) -> Tensor:
+        """What `raw` gave of a whole batch, (..., C), whitened over it."""
+        return F.batch_norm(raw.flatten(0, -2), None, None, training=True, eps=WHITE_EPS).view_as(raw)
+
+    @torch.no_grad()
+    def follow(self, raw: Tensor, decay: float = WHITE_DECAY) -> None:
+        """Let mean and standard deviation go towards those of `raw`, (M, C)."""
+        self.mean.lerp_(raw.mean(0), 1 - decay)
+        self.std.lerp_((raw.var(0, correction=0) + WHITE_EPS).sqrt(), 1 - decay)
 
 
 def make_encoder(config: NetworkConfig) -> tuple[nn.Sequential, int]:
@@ -167,7 +198,7 @@ class TrainingPass(NamedTuple):
     loss: Tensor  # scalar, nats per pixel-channel
     mu: Tensor  # (B, 3, R, R), the mean of the pixels' density under the codes as training has them
     figures: dict[str, Tensor]  # scalars to log beside the loss
-    seen: tuple[Tensor, Tensor] | None = None  # what `after_update` learns from, where it learns: points, their codes
+    seen: tuple[Tensor, ...] = ()  # what `after_update` learns from, each (positions, ...)
 
 
 class ImageTokenizer(nn.Module):
@@ -255,8 +286,8 @@ class ImageTokenizer(nn.Module):
     def start(self, images: Tensor, generator: torch.Generator) -> None:
         """Called once, before the first update, with `start_images` training pictures (B, 3, R, R) if not 0."""
 
-    def after_update(self, points: Tensor, codes: Tensor, generator: torch.Generator) -> None:
-        """Called after each update, with what the passes over its batch gave as `seen`."""
+    def after_update(self, seen: Sequence[Tensor], generator: torch.Generator) -> None:
+        """Called after each update with what the passes over its batch gave as `seen`, those of all parts together."""
 
     # The networks.
 

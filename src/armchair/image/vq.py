@@ -12,7 +12,7 @@ whatever threads, its sums have 32 bits under autocast too, and drawing needs no
 Shapes: B batch, S grid side, K codebook size, C code channels, M positions of a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,8 @@ from armchair.image.clusters import distinct, kmeans, nearest_centres
 from armchair.image.network import (
     ImageTokenizer,
     NetworkConfig,
+    Numbers,
     TrainingPass,
-    linear,
     make_decoder,
     make_encoder,
     negative_log_likelihood,
@@ -77,16 +77,16 @@ class VQ(ImageTokenizer):
         super().__init__(config)
         k, channels = config.codebook_size, config.code_channels
         self.encoder, self.n_features = make_encoder(config)
-        self.down = linear(self.n_features, channels)
+        self.down = Numbers(self.n_features, channels)
         self.codebook = nn.Parameter(self._placed(torch.randn(k, channels)), requires_grad=False)
         self.register_buffer("shares", torch.full((k,), 1 / k))
         self.register_buffer("sums", self.codebook.detach() / k)
-        self.up = linear(channels, config.n_init)
+        self.up = nn.Linear(channels, config.n_init)
         self.decoder = make_decoder(config)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def codes_of(self, features: Tensor) -> Tensor:
-        points = self._points(features)
+        points = self._placed(self.down(features))
         return self._nearest(points.flatten(0, -2)).view(points.shape[:-1])
 
     def latent(self, codes: Tensor) -> Tensor:
@@ -94,7 +94,8 @@ class VQ(ImageTokenizer):
 
     def training_pass(self, images: Tensor, generator: torch.Generator, settings: Mapping[str, float]) -> TrainingPass:
         """-log likelihood per pixel-channel, and the commitment; gradients go straight through the look-up."""
-        points = self._points(self.features(images))
+        raw = self.down.raw(self.features(images))
+        points = self._placed(self.down.over_batch(raw))
         flat = points.detach().flatten(0, 2)
         codes = self._nearest(flat)
         chosen = F.embedding(codes, self.codebook.detach()).view_as(points)
@@ -102,21 +103,28 @@ class VQ(ImageTokenizer):
         reconstruction = negative_log_likelihood(images, mu, log_b)
         commitment = (points - chosen).square().sum(-1).mean()
         loss = reconstruction + self.config.commitment_weight * commitment
-        return TrainingPass(loss, mu, {"reconstruction": reconstruction, "commitment": commitment}, (flat, codes))
+        figures = {"reconstruction": reconstruction, "commitment": commitment}
+        return TrainingPass(loss, mu, figures, (raw.detach().flatten(0, 2), flat, codes))
 
     @torch.no_grad()
     def start(self, images: Tensor, generator: torch.Generator) -> None:
         """The codes begin as clusters of what the encoder says at its start, as far apart as the pictures are."""
-        said = [self._points(self.features(chunk)).flatten(0, 2) for chunk in images.split(64)]
-        points, counts = distinct(torch.cat(said))
+        said = torch.cat([self.down.raw(self.features(chunk)).flatten(0, 2) for chunk in images.split(64)])
+        self.down.follow(said, decay=0.0)
+        points, counts = distinct(self._placed((said - self.down.mean) / self.down.std))
         centres, _ = kmeans(points, self.codebook_size, generator, counts.sqrt())
         self.codebook.copy_(self._placed(centres))
         self.shares.fill_(1 / self.codebook_size)
         self.sums.copy_(self.codebook / self.codebook_size)
 
+    def after_update(self, seen: Sequence[Tensor], generator: torch.Generator) -> None:
+        raw, points, codes = seen
+        self.down.follow(raw)
+        self.move_codebook(points, codes, generator)
+
     @torch.no_grad()
-    def after_update(self, points: Tensor, codes: Tensor, generator: torch.Generator) -> None:
-        """Move the codebook. points: (M, C), what the encoder said in the whole batch; codes: (M,), what they chose.
+    def move_codebook(self, points: Tensor, codes: Tensor, generator: torch.Generator) -> None:
+        """Towards what was said. points: (M, C), where the encoder was in a batch; codes: (M,), those that it chose.
 
         A code that is hardly chosen is put where a point of the batch is, which is drawn in proportion to its squared
         distance to its code, as k-means++ draws its centres: of pictures that are mostly plain, most points are right
@@ -137,11 +145,6 @@ class VQ(ImageTokenizer):
             self.codebook[dead] = points[taken]
             self.shares[dead] = 1 / k
             self.sums[dead] = points[taken] / k
-
-    def _points(self, features: Tensor) -> Tensor:
-        """features: (..., n_features) -> (..., C), in 32 bits under autocast too: near codes must stay apart."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self._placed(self.down(features.float()))
 
     def _placed(self, points: Tensor) -> Tensor:
         return F.normalize(points, dim=-1) if self.config.normalise else points

@@ -88,7 +88,7 @@ class ImageTokenizerStage(ImageStage):
         super().__init__(recipe, recipe.image_tokenizer_training, source, validation, recipe.seed)
         self.model = model
         self.perceptual = Perceptual() if self.config.perceptual_weight else None
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # by part of the batch, until the update is done
+        self.seen: dict[int, tuple[Tensor, ...]] = {}  # by part of the batch, until the update is done
         if self.config.encoder_scale == 0:  # what does not learn needs no gradients, nor a share of their norm
             for name, p in model.named_parameters():
                 if name.startswith(model.encoder_parts):
@@ -110,7 +110,7 @@ class ImageTokenizerStage(ImageStage):
         noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
         settings = self.settings(step)
         done = self.model.training_pass(batch, noise, settings)
-        if done.seen is not None:
+        if done.seen:
             self.seen[part] = done.seen
         loss, figures = done.loss, {name: figure.detach() for name, figure in done.figures.items()}
         if self.perceptual is not None:
@@ -122,10 +122,10 @@ class ImageTokenizerStage(ImageStage):
         """Let the tokenizer learn from what its codes were chosen for, all parts of the batch at once."""
         if not self.seen:
             return
-        points, codes = (torch.cat(parts) for parts in zip(*(self.seen[i] for i in sorted(self.seen)), strict=True))
+        seen = [torch.cat(parts) for parts in zip(*(self.seen[part] for part in sorted(self.seen)), strict=True)]
         self.seen.clear()
-        noise = generator(self.recipe.seed, self.name, "codebook", step, device=points.device)
-        self.model.after_update(points, codes, noise)
+        noise = generator(self.recipe.seed, self.name, "codebook", step, device=seen[0].device)
+        self.model.after_update(seen, noise)
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:
