@@ -15,7 +15,7 @@ Variants (all where none is named):
     dvae-beta-B     the same with a constant beta of B
     dvae-start      the recipe's: five updates of the autoencoder for each of the dVAE that its clusters become
     vq, fsq         recipes/emoji-vq.yaml, recipes/emoji-fsq.yaml
-    X+perceptual    X with the distance of features in an ImageNet network in its loss (of dvae-start: in its last sixth)
+    X+perceptual    X with the distance of features in an ImageNet network in its loss (dvae-start: in its last sixth)
 The optimiser and its step sizes are the same for all but dvae-start's last sixth, which has its own.
 
 PSNR is a median over held-out pictures and SSIM a mean, of round trips through the codes. `look` is the mean distance

@@ -12,7 +12,10 @@ import pytest
 from armchair import cli
 from armchair.config import to_dict
 from armchair.data.emoji import CAPTIONS, PACKAGES
-from armchair.train.recipe import FitConfig, Recipe
+from armchair.image.fsq import FSQConfig
+from armchair.image.tokenizer import IMAGE_TOKENIZER_CONFIGS
+from armchair.image.vq import VQConfig
+from armchair.train.recipe import IMAGE_TOKENIZER_TRAININGS, DVAETraining, FitConfig, Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,12 +99,19 @@ def default_of(f: dataclasses.Field) -> str:
     return "required" if f.default is dataclasses.MISSING else f"`{json.dumps(to_dict(f.default))}`"
 
 
+# Sections of a recipe that have other fields for other kinds of image tokenizer, which have tables of their own.
+KINDS: dict[str, dict[str, type]] = {
+    "image_tokenizer": {"vq": VQConfig, "fsq": FSQConfig},
+    "image_tokenizer_training": {"dvae": DVAETraining},
+}
+
+
 def expected() -> dict[str, dict[str, str]]:
     fit = {f.name: default_of(f) for f in dataclasses.fields(FitConfig)}
     found: dict[str, dict[str, str]] = {"recipe": {}, "Training of the stages": fit}
     hints = typing.get_type_hints(Recipe)
     for f in dataclasses.fields(Recipe):
-        told = (hints[f.name], *typing.get_args(hints[f.name]))  # of `X | None` too
+        told = (hints[f.name], *typing.get_args(hints[f.name]))  # of `X | None` too, and the first of several kinds
         config = next((hint for hint in told if dataclasses.is_dataclass(hint)), None)
         if config is None or f.default is None:
             found["recipe"][f.name] = default_of(f)
@@ -109,6 +119,10 @@ def expected() -> dict[str, dict[str, str]]:
             found["recipe"][f.name] = "required" if f.default_factory is dataclasses.MISSING else "see below"
         if config is None:
             continue
+        for kind, other in KINDS.get(f.name, {}).items():
+            more = {g.name: default_of(g) for g in dataclasses.fields(other)}
+            first = {g.name: default_of(g) for g in dataclasses.fields(config)}
+            found[f"{f.name} of kind {kind}"] = {name: d for name, d in more.items() if first.get(name) != d}
         own = {}
         for g in dataclasses.fields(config):
             if dataclasses.is_dataclass(nested := typing.get_type_hints(config)[g.name]):
@@ -124,6 +138,12 @@ def expected() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("section", expected())
 def test_every_recipe_field_is_documented_with_its_default(section):
     assert tables().get(section) == expected()[section]
+
+
+def test_the_tables_are_of_every_kind_of_image_tokenizer():
+    assert {"dvae", *KINDS["image_tokenizer"]} == set(IMAGE_TOKENIZER_CONFIGS) == set(IMAGE_TOKENIZER_TRAININGS)
+    plain = {k for k, training in IMAGE_TOKENIZER_TRAININGS.items() if "tau_start" not in training.__dataclass_fields__}
+    assert {"dvae"} == set(KINDS["image_tokenizer_training"]) == set(IMAGE_TOKENIZER_TRAININGS) - plain
 
 
 def test_every_package_of_the_emoji_set_is_credited():
