@@ -45,7 +45,7 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            kind = f" for kind {cls.kind!r}" if hasattr(cls, "kind") else ""
+            kind = f" for kind {own!r}" if (own := getattr(cls, "kind", None)) else ""
             raise RequestError(f"unknown field {_dotted(where, key)!r}{kind}: {nearest(str(key), fields)}")
     values: dict[str, Any] = {}
     for name, f in fields.items():
@@ -86,7 +86,8 @@ def _by_kind_of_other(
     f: dataclasses.Field, data: Any, values: dict[str, Any], fields: dict[str, dataclasses.Field], where: str
 ) -> Any:
     other, classes = f.metadata["by_kind_of"], f.metadata["classes"]
-    kind = values[other].kind if other in values else fields[other].default_factory().kind  # type: ignore[misc]
+    otherwise: Any = fields[other].default_factory
+    kind = (values[other] if other in values else otherwise()).kind
     try:
         return _convert(classes[kind], data, _dotted(where, f.name))
     except RequestError as error:

@@ -211,6 +211,24 @@ def test_an_error_in_a_part_stops_the_run(tmp_path):
         train(tmp_path, stage, fit_config(accumulate=2, at_once=2))
 
 
+def test_what_a_stage_moves_by_itself_is_averaged_and_saved_too(tmp_path):
+    class Counting(tiny.ToyStage):
+        def __init__(self):
+            super().__init__()
+            self.model.register_buffer("count", torch.zeros(()))
+
+        def after_update(self, step: int) -> None:
+            self.model.count += 1
+
+    stage = Counting()
+    average = train(tmp_path, stage, fit_config(steps=4, ema=0.75))
+    expected = 0.0
+    for step in range(4):
+        expected += (1 - min(0.75, (1 + step) / (10 + step))) * (step + 1 - expected)
+    assert float(stage.model.count) == 4 and float(average.count) == pytest.approx(expected)
+    assert float(train(tmp_path, Counting(), fit_config(steps=4, ema=0.75)).count) == float(average.count)
+
+
 def dvae_after_training(folder: Path, encoder_scale: float) -> tuple[DVAE, DVAE]:
     """A dVAE as it was, and after three updates on shapes."""
     data = DataConfig(train=("shapes:train,length=16",), resolution=64)

@@ -87,6 +87,7 @@ def fit(
         return average
     report.begin(stage.name, start, config)
 
+    averaged, numbers = _numbers(average), _numbers(model)
     batches = stage.batches(start)
     workers = Workers(config, device)
     try:
@@ -105,9 +106,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             if isinstance(stage, FollowsUp):
                 stage.after_update(step)
-            update_ema(list(average.parameters()), list(model.parameters()), config.ema, step)
-            for kept, new in zip(average.buffers(), model.buffers(), strict=True):
-                kept.copy_(new)  # statistics that are averages already
+            update_ema(averaged, numbers, config.ema, step)
 
             done, last = step + 1, step + 1 == config.steps
             report.step(done, {**metrics, "grad_norm": norm, "lr": lr, "data_wait": waited})
@@ -182,6 +181,12 @@ class Workers:
         if self.pool:
             self.pool.shutdown()
             torch.set_num_threads(self.threads)  # what threads that start later take for their own
+
+
+def _numbers(model: nn.Module) -> list[Tensor]:
+    """What is averaged: the weights, and statistics of what they give, which would not be those of averaged weights."""
+    saved = model.state_dict().keys()  # other buffers are tables that never change
+    return [*model.parameters(), *(b for name, b in model.named_buffers() if name in saved and b.is_floating_point())]
 
 
 def _mean(told: list[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
