@@ -329,7 +329,11 @@ def test_both_ways_to_an_eight_bit_product_give_the_same_bits(monkeypatch, input
     product = pack(weight, torch.randn(outputs, generator=g), "int8")
     small = product(x)
     monkeypatch.setattr("armchair.sample.engine.BLOCKED_FROM", 0)
-    assert torch.equal(product(x), small) and product.laid_out is not None
+    for quicker in (False, True):
+        monkeypatch.setattr("armchair.sample.engine.blocked_when_alone", lambda *size, quicker=quicker: quicker)
+        product.laid_out = None
+        assert torch.equal(product(x[:1]), small[:1]) and (product.laid_out is not None) == quicker
+    assert torch.equal(product(x), small)
 
 
 def test_rows_of_zeros_are_no_trouble():

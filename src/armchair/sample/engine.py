@@ -14,6 +14,7 @@ One token needs each weight once and little else, so drawing a few pictures is b
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from armchair.sample.weights import INT8_MOST, DrawingWeights, drawing_weights, 
 
 WEIGHTS = ("fp32", "bf16", "int8")
 BLOCKED_FROM = 2**20  # weights of a matrix
+TRIED_BYTES = 2**23  # of matrices of a size when it is timed, more than a core's own cache holds
+TRIES = 3
 ZERO = 128  # of eight bits without a sign
 NO_SHIFT = torch.zeros(1, dtype=torch.int64)  # eight bits with a sign have their zero at 0
 ATTENTION_ROWS = 8  # whose keys and values are written out in 32 bits together
@@ -57,6 +60,36 @@ def blocked_products() -> bool:
     except (AttributeError, NotImplementedError, RuntimeError):  # not built in, or not for this processor
         return False
     return torch.equal(found, exact.float())
+
+
+@functools.cache
+def blocked_when_alone(outputs: int, inputs: int) -> bool:
+    """Whether `blocked_product` is the quicker one for a single row, too, timed once for each size of a matrix.
+
+    It is on some processors and not on others. The bits are the same either way.
+    """
+    if not blocked_products():
+        return False
+    many = [torch.zeros(outputs, inputs, dtype=torch.int8) for _ in range(max(1, TRIED_BYTES // (outputs * inputs)))]
+    laid_out = [blocked(codes) for codes in many]
+    signed, step = torch.zeros(1, inputs, dtype=torch.int8), torch.ones(outputs)
+    unsigned = signed.to(torch.uint8)
+
+    def plain() -> None:  # one matrix after the other, as a picture needs them, so that none waits in the cache
+        for codes in many:
+            torch._int_mm(signed, codes.T) * step
+
+    def by_blocks() -> None:
+        for blocks in laid_out:
+            blocked_product(unsigned, blocks, step)
+
+    return min(map(_seconds, [by_blocks] * TRIES)) < min(map(_seconds, [plain] * TRIES))
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def _ends_of_the_range() -> tuple[Tensor, Tensor, Tensor]:
@@ -103,19 +136,26 @@ class Int8Product:
         self.narrow = codes.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
         self.codes = F.pad(codes, (0, 1)) if self.narrow else codes
         self.step, self.bias = step, bias
-        self.laid_out: Tensor | None = None  # the same for several rows, where that is quicker
+        self.laid_out: Tensor | None = None  # the same as `blocked_product` has it, where that is quicker
 
     def __call__(self, x: Tensor) -> Tensor:
         whole, step = whole_numbers(x)
         if self.narrow:
             whole = F.pad(whole, (0, 1))
-        if len(x) > 1 and self.codes.numel() >= BLOCKED_FROM and blocked_products():
+        if self._by_blocks(len(x)):
             if self.laid_out is None:
                 self.laid_out = blocked(self.codes)
             product = blocked_product(whole.add_(ZERO).to(torch.uint8), self.laid_out, self.step)
         else:
             product = torch._int_mm(whole.to(torch.int8), self.codes.T) * self.step
         return torch.addcmul(self.bias, product, step)
+
+    def _by_blocks(self, rows: int) -> bool:
+        """A small matrix takes longer by blocks, as they have more to prepare; of a large one it is a gain with several
+        rows."""
+        if self.codes.numel() < BLOCKED_FROM:
+            return False
+        return blocked_products() if rows > 1 else blocked_when_alone(*self.codes.shape)
 
 
 def blocked(codes: Tensor) -> Tensor:
