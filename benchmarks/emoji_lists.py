@@ -5,8 +5,8 @@
 writes two lists beside this file, the same for the same training pictures; FOLDER is what `armchair data build emoji`
 writes. `emoji_prompts.txt`: 200 captions of training pictures, each thing once, 67 of them with a skin tone.
 `emoji_sheet_prompts.txt`: 36 prompts for a sheet of six by six, 24 captions of training pictures, none of a style or of
-a kind of thing more than three times, and of the held-out pairs six of each level. The order is that of the sha256 of the
-list's name and the caption: no caption can be preferred. Lines that start with `# ` are headings.
+a kind of thing more than three times, and of the held-out pairs six of each level. The order is that of the sha256 of
+the list's name and the caption: no caption can be preferred. Lines that start with `# ` are headings.
 """
 
 import argparse
