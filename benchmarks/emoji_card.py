@@ -37,7 +37,7 @@ def of_memorising(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     about = report["about"]
     made = {
         "command": about["made by"],
-        "protocol": sections[0]["protocol"],
+        "protocol": f"Shares of pictures. {sections[0]['protocol']}",
         "measured": about["bundle"].rpartition(", ")[2],
     }
     stages = {}
@@ -45,7 +45,7 @@ def of_memorising(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         column = table["columns"].index(by)
         cells = {f"{row[0]} ({row[1]})": row[column] for row in table["rows"]}
         figures = {name: _figure(cell["value"], cell["interval"]) for name, cell in cells.items()}
-        stages[f"near-copies {by}, share"] = {**figures, **made}
+        stages[f"near-copies {by}"] = {**figures, **made}
     return stages
 
 
@@ -67,7 +67,7 @@ def of_labels(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
             for kind, name in names.items():
                 cell = table[kind][asked]
                 figures[f"{group} ({cell['prompts']}), {name}"] = _figure(cell["share"], cell["interval"])
-        stages[f"right {asked}, share"] = {**figures, **made}
+        stages[f"right in {asked}"] = {**figures, **made}
     return stages
 
 
@@ -87,6 +87,7 @@ def write_card(bundle: Bundle, stages: dict[str, dict[str, Any]]) -> None:
                 f"{stage}: measured on a bundle {figures['measured']}, this one is {bundle.fingerprint[:SHORT]}"
             )
     info = {**bundle.info, "metrics": {**metrics, **stages}}
+    info = json.loads(json.dumps(info, sort_keys=True))  # in the order in which bundle.json has it
     weights = {part: bundle.weights(part) for part in bundle.parts}
     write_bundle(
         bundle.path, info=info, card=render_card(info), text_tokenizer=bundle.text_tokenizer, weights=weights
