@@ -28,7 +28,8 @@ CELL = 128  # pixels, about, of a picture
 
 def captions(lines: Sequence[Line]) -> list[str]:
     """Prompts, with the heading of those that the model never saw a picture of."""
-    return [f"{line.prompt} ({line.heading})" if line.heading.startswith("held") else line.prompt for line in lines]
+    held = {line: line.heading.replace("level ", "") for line in lines if line.heading.startswith("held")}
+    return [f"{line.prompt} ({held[line]})" if line in held else line.prompt for line in lines]
 
 
 def draw_sheet(artist: Artist, lines: Sequence[Line], candidates: int, seed: int, columns: int) -> Image.Image:

@@ -292,7 +292,7 @@ def test_a_sheet_of_a_list_shows_the_best_of_the_candidates(bundle, tmp_path, mo
     with Image.open(tmp_path / "a.png") as drawn:
         assert np.array_equal(np.asarray(drawn)[8 : 8 + 128 : 8, 8 : 8 + 128 : 8], np.asarray(best))
     lines = benchmark("emoji_lists").read_list(tmp_path / "list.txt")
-    assert sheet.captions(lines) == ["a red thing", "a heart, flat (held out, level L)"]
+    assert sheet.captions(lines) == ["a red thing", "a heart, flat (held out, L)"]
 
 
 # The card.

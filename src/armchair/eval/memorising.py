@@ -58,11 +58,11 @@ def memorising(context: Context) -> Section:
     bound, codes_bound = float(np.quantile(own_rmse, FOUND)), float(np.quantile(own_shared, 1 - FOUND))
     section.protocol = (
         f"The nearest of {len(train)} training pictures by RMSE of pixels in [0, 1] at {SIDE} x {SIDE} (area), and by "
-        "the share of codes in common. Drawings of training captions and of held-out captions, one each, the first "
-        "candidate. A model that remembers a picture can at best draw its round trip, through the codes and back: a "
-        f"near-copy is as near as {FOUND:.0%} of the round trips of {len(copies)} training pictures are to their own "
+        "the share of codes in common. Drawings of training captions and of held-out captions, one each, none chosen "
+        "among several. A model that remembers a picture can at best draw its round trip, through the codes and back: "
+        f"a near-copy is as near as {FOUND:.0%} of the round trips of {len(copies)} training pictures are to their own "
         f"pictures, by pixels an RMSE of at most {bound:.4f}, by codes at least {codes_bound:.1%} in common. Round "
-        "trips of held-out pictures, which nobody can have remembered, tell how often that happens by chance, or "
+        "trips of held-out pictures, which the model cannot remember, tell how often that happens by chance, or "
         "because the data hold variants of one picture."
     )
     distances: list[tuple[Cell, ...]] = []
@@ -78,10 +78,10 @@ def memorising(context: Context) -> Section:
         counted = [share(int(x.sum()), len(images)) for x in (*near, near[0] | near[1])]
         shares.append((name, len(images), *counted))
         context.say(f"memorising: {name}")
-    columns = ("", "RMSE, mean", "RMSE, median", "codes in common, mean")
-    section.tables.append(Table(title=NEAREST, columns=columns, rows=distances))
-    columns = ("", "pictures", "by pixels", "by codes", "by either")
-    section.tables.append(Table(title=NEAR, columns=columns, rows=shares))
+    of_distances = ("", "RMSE, mean", "RMSE, median", "codes in common, mean")
+    of_shares = ("", "pictures", "by pixels", "by codes", "by either")
+    section.tables.append(Table(title=NEAREST, columns=of_distances, rows=distances))
+    section.tables.append(Table(title=NEAR, columns=of_shares, rows=shares))
     of_drawn = found[TRAINING]
     for by, order, index, said in (
         ("pixels", np.argsort(of_drawn.rmse), of_drawn.by_pixels, [f"RMSE {x:.3f}" for x in of_drawn.rmse]),
