@@ -171,7 +171,8 @@ def measure(
     count = sum(len(lines) for lines, _, _ in groups)
     for lines, part, gallery in groups:
         images: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-        kept, own = [], []
+        kept: list[int] = []
+        own: list[int] = []
         for line in lines:
             drawing = artist.draw(line.prompt, candidates=candidates, seed=seed + len(found) + len(kept))
             kept.append(drawing.candidates[0])
@@ -269,7 +270,7 @@ def main() -> None:
     for name in ("candidates", "seed"):
         if getattr(args, name) != parser.get_default(name):
             flags += f" --{name} {getattr(args, name)}"
-    results = {
+    results: dict[str, Any] = {
         "command": f"python benchmarks/emoji_labels.py {artist.bundle.name} --data emoji{flags}",
         "bundle": {"name": artist.bundle.name, "fingerprint": artist.bundle.fingerprint},
         "settings": {**vars(artist.settings), "weights": artist.weights, "candidates": args.candidates},
