@@ -64,7 +64,7 @@ def prior(
     blank: bool = False,
     **options: Any,
 ) -> Prior:
-    """A prior with one layer a pattern; options as in OPTIONS. Weights that start at zero are random too, unless `blank`."""
+    """A prior with one layer a pattern, options as in OPTIONS. Weights that start at zero are random unless `blank`."""
     config = PriorConfig(
         d_model=width,
         n_layer=len(patterns),

@@ -12,8 +12,8 @@ Initialisation and step size (`parameter_groups` in `armchair.train.optim` reads
     vectors of codes, with `code_features`                 x 0.1
     one table of codes, with `tied`      normal, std 0.02  as the recipe says; as a head it counts 256 / D times
 
-so that at every width the first logits are zero (with `tied`, small), every block starts as the identity, and one update moves
-each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
+so that at every width the first logits are zero (with `tied`, small), every block starts as the identity, and one
+update moves each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
 "Tensor Programs V", 2022).
 """
 
@@ -54,7 +54,7 @@ MLPS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu}
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """Sizes of the transformer, and what its blocks are; the defaults are the 12-billion-parameter model of the paper."""
+    """Sizes and parts of the transformer; the defaults are the 12-billion-parameter model of the paper."""
 
     kind: str = "transformer"
     d_model: int = 3968

@@ -157,7 +157,7 @@ ACTIVATIONS = {**MLPS, "swiglu": gated_rows}
 
 
 class Layer(NamedTuple):
-    """One block, packed. head_gains: what queries (with their scale) and keys are normalised to, (2, 1, E), if at all."""
+    """One block, packed. head_gains, (2, 1, E): what queries, with their scale, and keys are normalised to, if so."""
 
     attention_norm: Rows
     qkv: Product

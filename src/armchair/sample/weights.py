@@ -128,7 +128,7 @@ def prior_of(weights: DrawingWeights) -> Prior:
 
 
 def _scaled(tensors: Mapping[str, Tensor], config: PriorConfig, scale: float) -> dict[str, Tensor]:
-    """The same with the queries times `scale`: the first third of what qkv gives, or the gain they are normalised to."""
+    """The same with the queries times `scale`: a third of what qkv gives, or the gain that they are normalised to."""
     factors = torch.ones(3 * config.d_model)
     factors[: config.d_model] = scale
     found = dict(tensors)

@@ -58,7 +58,8 @@ def parameter_groups(
     """Groups for `MuonAdamW`: weight decay on matrices only, never on gains, biases or embeddings (paper, section 2.4).
 
     Under AdamW a prior's hidden matrices carry `lr_scale` `lr_width` / D, so that one step size, stated at that width,
-    serves every width (see the table in `armchair.prior.transformer`); where it has `code_features`, the codes' vectors carry CODE_VECTORS_SCALE.
+    serves every width (see the table in `armchair.prior.transformer`); where it has `code_features`, the codes' vectors
+    carry CODE_VECTORS_SCALE.
     The encoder of a dVAE, its logits included, carries `encoder_scale`.
     With `matrix_scale`, Muon moves the matrices within the blocks and the convolutions, at that share of the step size.
     """
