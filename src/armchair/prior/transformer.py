@@ -12,7 +12,8 @@ Initialisation and step size (`parameter_groups` in `armchair.train.optim` reads
     vectors of codes, with `code_features`                 x 0.1
     one table of codes, with `tied`      normal, std 0.02  as the recipe says; as a head it counts 256 / D times
 
-(in step sizes 256 is the recipe's `lr_width`)
+where 256 in a step size is the recipe's `lr_width`;
+
 so that at every width the first logits are zero (with `tied`, small), every block starts as the identity, and one
 update moves each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
 "Tensor Programs V", 2022).
