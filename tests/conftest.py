@@ -1,4 +1,6 @@
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis
@@ -55,11 +57,20 @@ def tiny_recipe_dict(resolution: int = 16) -> dict[str, Any]:
 
 
 def write_tiny_bundle(
-    out: Path, seed: int = 0, *, ranked: bool = False, resolution: int = 16, rotary: bool = False, **changes: Any
+    out: Path,
+    seed: int = 0,
+    *,
+    ranked: bool = False,
+    resolution: int = 16,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **changes: Any,
 ) -> Path:
-    """A bundle of random weights at `out`, with a ranker if `ranked`; `changes` replace fields of its info."""
+    """A bundle of random weights at `out`, with a ranker if `ranked`.
+
+    `options`: of its prior, as in `tiny.OPTIONS`; `changes` replace fields of its info.
+    """
     fields = tiny_recipe_dict(resolution)
-    fields["prior"]["rotary"] = rotary
+    fields["prior"] |= {**options, **({"code_features": 0} if options.get("tied") else {})}
     if ranked:
         fields |= {"ranker": to_dict(tiny.clip_config()), "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
     recipe = from_dict(Recipe, fields)
