@@ -163,7 +163,7 @@ def test_a_field_of_another_kind_is_refused_by_name(kind, changes, message):
 
 def test_a_training_of_another_kind_is_refused():
     recipe = from_dict(Recipe, recipe_dict("vq"))
-    with pytest.raises(RequestError, match="kind 'vq' is trained by ImageTokenizerTraining, got DVAETraining"):
+    with pytest.raises(RequestError, match="kind is 'vq', and image_tokenizer_training is for 'dvae': take"):
         dataclasses.replace(recipe, image_tokenizer_training=DVAETraining(steps=1, batch_size=1, lr=1))
 
 

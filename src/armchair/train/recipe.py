@@ -231,10 +231,11 @@ class Recipe:
                 f"{self.image_tokenizer.resolution} differ; set both to the same number of pixels"
             )
         kind, training = self.image_tokenizer.kind, type(self.image_tokenizer_training)
-        if training is not (expected := IMAGE_TOKENIZER_TRAININGS[kind]):
+        if training is not IMAGE_TOKENIZER_TRAININGS[kind]:
+            others = " or ".join(repr(k) for k, known in IMAGE_TOKENIZER_TRAININGS.items() if known is training)
             raise RequestError(
-                f"image_tokenizer_training: an image tokenizer of kind {kind!r} is trained by {expected.__name__}, "
-                f"got {training.__name__}"
+                f"image_tokenizer.kind is {kind!r}, and image_tokenizer_training is for {others}: take a recipe of "
+                f"kind {kind!r}"
             )
         if kind != "dvae" and self.autoencoder_training is not None:
             raise RequestError(
