@@ -6,7 +6,11 @@
 - retrieval: a rendered scene's own prompt among 100 prompts of other scenes that are false of it (those that happen to
   be true of it too are passed over): share that comes first, among the first 5, among the first 10.
 - swapped: a scene with two objects against its prompt with two words of a kind swapped (colours, forms, sizes or
-  fills): share of pairs in which the true one scores higher; `turned`: the relation made its opposite.
+  fills): share of pairs in which the true one has the higher cosine; `turned`: the relation made its opposite.
+- mirrored: a prompt with a relation against two pictures, its scene and the same with objects where their mirror images
+  are, so that the relation is its opposite: share of pairs in which the true one has the higher cosine.
+- where the ranker has a captioner, `told_by_captioner` and `told_by_score` are the shares by what the captioner says of
+  how likely the prompt is, and by the score, which counts both. Retrieval is by the cosine alone.
 - best of N: share of prompts whose picture is right as a whole, where it is the ranker's first of N candidates; `any`
   is the share of prompts for which at least one of the N is right, which no ranker can exceed.
 
@@ -17,8 +21,10 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -28,7 +34,7 @@ from armchair.sample.pipeline import Artist, load_artist
 from armchair.sample.ranker import Ranker
 from armchair.shapes.accuracy import judge, judge_scene, wilson
 from armchair.shapes.captions import prompts
-from armchair.shapes.world import COLOURS, COUNTS, FILLS, FORMS, SIZES, render, scene
+from armchair.shapes.world import CANVAS, COLOURS, CONVERSE, COUNTS, FILLS, FORMS, SIZES, Scene, render, scene
 
 SPLITS = ("val", "held-form-colour", "held-relation-form", "held-count")
 ATTRIBUTES = NearMisses([FORMS, tuple(COLOURS), SIZES, FILLS])
@@ -50,16 +56,58 @@ def retrieval(ranker: Ranker, split: str, count: int) -> dict:
 
 def swapped(ranker: Ranker, split: str, count: int, misses: NearMisses, every: bool) -> dict:
     """Of scenes with two objects; `every`: all swaps of a prompt, else the exchanges."""
-    true, false, of = [], [], []
+    true, false = [], []
     for i, prompt in enumerate(prompts(count, split=split, objects=2)):
         for text in misses.swaps(prompt.text) if every else misses.exchanges(prompt.text):
-            true.append(prompt.text)
-            false.append(text)
-            of.append(i)
-    shown = ranker.embed_images([Image.fromarray(render(scene(i, split=split, objects=2))) for i in range(count)])
-    right, wrong = ranker.embed_texts(true), ranker.embed_texts(false)
-    told = (shown[of] * right).sum(1) > (shown[of] * wrong).sum(1)
-    return {"pairs": len(told), "told": share(int(told.sum()), len(told))}
+            true.append((i, prompt.text))
+            false.append((i, text))
+    return preferred(ranker, [render(scene(i, split=split, objects=2)) for i in range(count)], true, false)
+
+
+def mirrored(ranker: Ranker, split: str, count: int) -> dict:
+    """Of scenes with two objects side by side or one above the other."""
+    images, true, false = [], [], []
+    for i, prompt in enumerate(prompts(count, split=split, objects=2)):
+        shown = scene(i, split=split, objects=2)
+        if shown.relations[0] in CONVERSE:
+            true.append((len(images), prompt.text))
+            false.append((len(images) + 1, prompt.text))
+            images += [render(shown), render(mirror(shown))]
+    return preferred(ranker, images, true, false)
+
+
+def mirror(shown: Scene) -> Scene:
+    """Two objects where their mirror images are, along the line of their relation."""
+    (relation,) = shown.relations
+    axis = "x" if relation in ("left of", "right of") else "y"
+    objects = tuple(replace(o, **{axis: CANVAS - getattr(o, axis)}) for o in shown.objects)
+    return replace(shown, objects=objects, relations=(CONVERSE[relation],))
+
+
+def preferred(
+    ranker: Ranker, images: list[np.ndarray], true: list[tuple[int, str]], false: list[tuple[int, str]]
+) -> dict:
+    """How often each of `true`, a picture's number and a text, is preferred to the one of `false` that stands there."""
+    pictures = [Image.fromarray(image) for image in images]
+    shown = ranker.embed_images(pictures)
+
+    def split(pairs: list[tuple[int, str]]) -> tuple[list[int], list[str]]:
+        return [i for i, _ in pairs], [text for _, text in pairs]
+
+    def cosines(pairs: list[tuple[int, str]]) -> torch.Tensor:
+        of, texts = split(pairs)
+        return (shown[of] * ranker.embed_texts(texts)).sum(1)
+
+    def said(pairs: list[tuple[int, str]]) -> torch.Tensor:
+        of, texts = split(pairs)
+        return torch.tensor(ranker.caption_log_probs(states[of], texts))
+
+    gains = {"told": cosines(true) - cosines(false)}
+    if ranker.model.captioner is not None:
+        states = ranker.image_states(pictures)
+        gains["told_by_captioner"] = said(true) - said(false)
+        gains["told_by_score"] = gains["told"] + ranker.caption_weight * gains["told_by_captioner"]
+    return {"pairs": len(true), **{name: share(int((gain > 0).sum()), len(true)) for name, gain in gains.items()}}
 
 
 def best_of(artist: Artist, split: str, objects: int, count: int, most: int, settings: dict) -> dict:
@@ -101,6 +149,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
     for name in DRAWING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")
+    parser.add_argument("--caption-weight", type=float, help="beside the cosine; else the bundle's own")
     parser.add_argument("--best-of-only", action="store_true", help="leave retrieval and swaps out")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT", help="these alone")
     parser.add_argument("--json", type=Path)
@@ -108,12 +157,17 @@ def main() -> None:
     artist = load_artist(args.model)
     if (ranker := artist.ranker) is None:
         parser.error(f"{args.model} has no ranker")
+    if args.caption_weight is not None:
+        if ranker.model.captioner is None:
+            parser.error(f"--caption-weight: the ranker of {args.model} has no captioner")
+        ranker.caption_weight = args.caption_weight
     settings = {name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None}
     jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in args.splits}
     for split in args.splits:
         if 2 in COUNTS[split]:
             jobs[f"swapped {split}"] = lambda s=split: swapped(ranker, s, args.pictures, ATTRIBUTES, True)
             jobs[f"turned {split}"] = lambda s=split: swapped(ranker, s, args.pictures, SIDES, False)
+            jobs[f"mirrored {split}"] = lambda s=split: mirrored(ranker, s, args.pictures)
     if args.best_of_only:
         jobs.clear()
     if args.prompts:
@@ -123,7 +177,7 @@ def main() -> None:
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
                 artist, s, o, args.prompts, args.most, settings
             )
-    results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings}
+    results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings, "caption_weight": ranker.caption_weight}
     for name, job in jobs.items():
         began = time.time()
         results[name] = job()

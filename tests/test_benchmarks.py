@@ -12,6 +12,10 @@ import pytest
 from armchair.cli import main
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
+from armchair.shapes.accuracy import judge_scene
+from armchair.shapes.captions import prompts
+from armchair.shapes.reader import read
+from armchair.shapes.world import render, scene
 from conftest import write_tiny_bundle
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -66,7 +70,8 @@ def test_bits_are_shared_out_among_ground_first_code_and_rest():
 
 
 def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, monkeypatch):
-    bundle, found = write_tiny_bundle(tmp_path / "bundle", ranked=True, resolution=64), tmp_path / "found.json"
+    bundle, found = tmp_path / "bundle", tmp_path / "found.json"
+    write_tiny_bundle(bundle, ranked=True, captioned=True, resolution=64)
 
     def run(name: str, *flags: object) -> str:
         monkeypatch.setattr("sys.argv", [name, str(bundle), *map(str, flags)])
@@ -76,10 +81,28 @@ def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, mo
     out = run("shapes_ranker", "--pictures", 12, "--prompts", 2, "--most", 4, "--json", found)
     results = json.loads(found.read_text())
     assert results["retrieval val"]["pictures"] == 12 and "swapped held-form-colour" in out
+    for name in ("swapped val", "turned val", "mirrored held-form-colour"):
+        result = results[name]
+        assert {"told", "told_by_captioner", "told_by_score"} < result.keys() and result["pairs"] > 0
+    run("shapes_ranker", "--pictures", 12, "--prompts", 0, "--splits", "val", "--caption-weight", 0, "--json", found)
+    weightless = json.loads(found.read_text())["turned val"]
+    assert weightless["told_by_score"] == weightless["told"] == results["turned val"]["told"]
     best = results["best of N val 2"]
     assert best["best_of_1"] == best["any_of_1"] and best["best_of_4"]["share"] <= best["any_of_4"]["share"]
     assert "held-form-colour 1" in run("shapes_bits", "--scenes", 4, "--count", 8)
     assert "held-count" in run("shapes_accuracy", "--prompts", 4)
+
+
+def test_a_mirrored_scene_has_the_opposite_relation():
+    ranking = benchmark("shapes_ranker")
+    for i, prompt in enumerate(prompts(40, objects=2)):
+        shown = scene(i, split="val", objects=2)
+        if shown.relations[0] == "inside":
+            continue
+        turned = ranking.mirror(shown)
+        assert read(render(turned)).relations and judge_scene(prompt, shown).whole
+        verdict = judge_scene(prompt, read(render(turned)))
+        assert verdict.colours and verdict.forms and verdict.relations is False
 
 
 def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,11 @@ class BundleId:
     fingerprint: str
 
 
+class _Text(NamedTuple):
+    tokens: Tensor  # (1, L)
+    place: Tensor  # (E,), in the shared space
+
+
 class Ranker:
     """Scores pictures for a prompt (paper, section 2.6; Radford et al., 2021).
 
@@ -49,7 +54,7 @@ class Ranker:
         self.model, self.id, self.device = model, id, device
         self.caption_weight = model.caption_weight
         self._read_texts = read_texts
-        self._texts: dict[str, Tensor] = {}  # of `score`, the last ones, where they lie
+        self._texts: dict[str, _Text] = {}  # of `score`, the last ones
 
     def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
         """Scores of images for a prompt, higher is better; without a captioner cosines in [-1, 1].
@@ -70,14 +75,15 @@ class Ranker:
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)
             text = self._texts.pop(prompt, None)
-            self._texts[prompt] = self.embed_texts([prompt])[0] if text is None else text
-        states = self.image_states(images) if self.caption_weight else None
-        pictures = self.embed_images(images) if states is None else self._embed_states(states)
-        scores = [float(picture @ self._texts[prompt]) for picture, prompt in zip(pictures, prompts, strict=True)]
+            self._texts[prompt] = self._read(prompt) if text is None else text
+        texts = [self._texts[prompt] for prompt in prompts]
         while len(self._texts) > TEXTS:
             del self._texts[next(iter(self._texts))]
+        states = self.image_states(images) if self.caption_weight else None
+        pictures = self.embed_images(images) if states is None else self._embed_states(states)
+        scores = [float(picture @ text.place) for picture, text in zip(pictures, texts, strict=True)]
         if states is not None:
-            said = self.caption_log_probs(states, prompts)
+            said = self._caption_log_probs(states, [text.tokens for text in texts])
             scores = [score + self.caption_weight * log_p for score, log_p in zip(scores, said, strict=True)]
         return scores
 
@@ -88,8 +94,7 @@ class Ranker:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Where texts lie in the shared space, (B, E) float32 of length one."""
-        with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), self._read_texts(texts))
+        return self._embed_tokens(self._read_texts(texts))
 
     def image_states(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """What a captioner looks at, (B, M, D) float32. Raises as `rank`, and RequestError where there is none."""
@@ -103,12 +108,24 @@ class Ranker:
         Raises RequestError where there is no captioner.
         """
         self._check_captions()
-        tokens = {text: self._read_texts([text]).to(self.device) for text in dict.fromkeys(texts)}
+        tokens = {text: self._read_texts([text]) for text in dict.fromkeys(texts)}
+        return self._caption_log_probs(states, [tokens[text] for text in texts])
+
+    def _caption_log_probs(self, states: Tensor, tokens: Sequence[Tensor]) -> list[float]:
+        """The same of tokens, (1, L) each."""
         with torch.inference_mode():
             return [
-                float(self.model.caption_log_prob(seen[None].to(self.device), tokens[text])) / math.log(2)
-                for seen, text in zip(states, texts, strict=True)
+                float(self.model.caption_log_prob(seen[None].to(self.device), said.to(self.device))) / math.log(2)
+                for seen, said in zip(states, tokens, strict=True)
             ]
+
+    def _read(self, prompt: str) -> _Text:
+        tokens = self._read_texts([prompt])
+        return _Text(tokens, self._embed_tokens(tokens)[0])
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), tokens)
 
     def _embed_states(self, states: Tensor) -> Tensor:
         with torch.inference_mode():
