@@ -136,6 +136,22 @@ def test_a_ranker_that_captions_is_trained_on_exactly(tmp_path):
     assert all(torch.equal(stopped[name], w) for name, w in straight.items())
 
 
+def test_what_captions_count_may_change_after_training_and_their_sizes_not(tmp_path):
+    def opened(**captioner):
+        fields = {f"ranker.captioner.{name}": value for name, value in captioner.items()}
+        data = with_overrides(train_tiny.RECIPE, {"ranker_training.steps": 1, **fields})
+        return train_tiny.open_run(tmp_path / "run", data)
+
+    run = opened()
+    run.ranker()
+    run.report.close()
+    again = opened(weight=0.125)
+    assert again.ranker().caption_weight == 0.125
+    again.report.close()
+    with pytest.raises(RequestError, match="begun with another recipe: ranker differ"):
+        opened(layers=2)
+
+
 def test_a_sheet_shows_the_best_pictures_of_each_prompt(tmp_path):
     s = stage(tmp_path)
     sheet = s.sheet(s.model.eval())
