@@ -12,12 +12,14 @@
 - where the ranker has a captioner, `told_by_captioner` and `told_by_score` are the shares by what the captioner says of
   how likely the prompt is, and by the score, which counts both. Retrieval is by the cosine alone.
 - best of N: share of prompts whose picture is right as a whole, where it is the ranker's first of N candidates; `any`
-  is the share of prompts for which at least one of the N is right, which no ranker can exceed.
+  is the share of prompts for which at least one of the N is right, which no ranker can exceed. `--weights`: also where
+  the parts of a score weigh otherwise, from the same pictures.
 
 Intervals are 95 % (Wilson).
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -30,7 +32,7 @@ from PIL import Image
 
 from armchair.clip.contrast import retrieval_ranks
 from armchair.clip.negatives import NearMisses
-from armchair.sample.pipeline import Artist, load_artist
+from armchair.sample.pipeline import Artist, Drawing, load_artist
 from armchair.sample.ranker import Ranker
 from armchair.shapes.accuracy import judge, judge_scene, wilson
 from armchair.shapes.captions import prompts
@@ -40,6 +42,8 @@ SPLITS = ("val", "held-form-colour", "held-relation-form", "held-count")
 ATTRIBUTES = NearMisses([FORMS, tuple(COLOURS), SIZES, FILLS])
 SIDES = NearMisses([("left of", "right of"), ("above", "below")])
 DISTRACTORS = 100
+PARTS = ("cosine", "caption_weight", "naturalness")
+CAPTION_WEIGHTS, NATURALNESS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 0.3, 1.0, 3.0)  # of `--weights`
 DRAWING = ("temperature", "min_p", "guidance", "naturalness")
 
 
@@ -110,9 +114,12 @@ def preferred(
     return {"pairs": len(true), **{name: share(int((gain > 0).sum()), len(true)) for name, gain in gains.items()}}
 
 
-def best_of(artist: Artist, split: str, objects: int, count: int, most: int, settings: dict) -> dict:
+def best_of(
+    artist: Artist, split: str, objects: int, count: int, most: int, settings: dict, weights: bool = False
+) -> dict:
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= most]
     right, possible = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    of_each: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, prompt in enumerate(prompts(count, split=split, objects=objects)):
         drawing = artist.draw(prompt.text, candidates=most, seed=i, **settings)
         whole = {c: judge(prompt, image).whole for c, image in zip(drawing.candidates, drawing.images, strict=True)}
@@ -120,11 +127,35 @@ def best_of(artist: Artist, split: str, objects: int, count: int, most: int, set
             among = [c for c in drawing.candidates if c < n]  # best first
             right[n] += whole[among[0]]
             possible[n] += any(whole[c] for c in among)
-    return {
+        if weights:
+            of_each.append((parts(artist, drawing), torch.tensor([whole[c] for c in drawing.candidates])))
+    found: dict = {
         "prompts": count,
         **{f"best_of_{n}": share(right[n], count) for n in sizes},
         **{f"any_of_{n}": share(possible[n], count) for n in sizes},
     }
+    if weights:
+        grid = itertools.product((1.0, 0.0), CAPTION_WEIGHTS, NATURALNESS)
+        found["weights"] = [
+            {**dict(zip(PARTS, row, strict=True)), f"best_of_{most}": chosen(of_each, row)} for row in grid if any(row)
+        ]
+    return found
+
+
+def parts(artist: Artist, drawing: Drawing) -> torch.Tensor:
+    """What a score is made of, for each picture (n, 3): cosine, log2 p of caption a token, and of picture a code."""
+    ranker = artist.ranker
+    assert ranker is not None
+    cosines = ranker.embed_images(drawing.images) @ ranker.embed_texts([drawing.prompt])[0]
+    said = [0.0] * len(cosines)
+    if ranker.model.captioner is not None:
+        said = ranker.caption_log_probs(ranker.image_states(drawing.images), [drawing.prompt] * len(cosines))
+    return torch.stack([cosines, torch.tensor(said), torch.tensor(artist.likelihoods(drawing.codes))], 1)
+
+
+def chosen(of_each: list[tuple[torch.Tensor, torch.Tensor]], weights: tuple[float, ...]) -> float:
+    """The share of prompts whose picture is right, where it is the first by the parts of its score so weighted."""
+    return sum(bool(whole[(parts @ torch.tensor(weights)).argmax()]) for parts, whole in of_each) / len(of_each)
 
 
 def share(right: int, number: int) -> dict:
@@ -132,13 +163,15 @@ def share(right: int, number: int) -> dict:
 
 
 def told(name: str, result: dict, seconds: float) -> None:
-    parts = [f"{k} {v}" for k, v in result.items() if not isinstance(v, dict)]
-    parts += [
+    said = [f"{k} {v}" for k, v in result.items() if not isinstance(v, (dict, list))]
+    said += [
         "{} {:.3f} [{:.3f}, {:.3f}]".format(k, v["share"], *v["interval"])
         for k, v in result.items()
         if isinstance(v, dict)
     ]
-    print(f"{name:<34} {'  '.join(parts)}  {seconds:.0f} s", flush=True)
+    print(f"{name:<34} {'  '.join(said)}  {seconds:.0f} s", flush=True)
+    for row in result.get("weights", ()):
+        print(" " * 34, "  ".join(f"{k} {v:.3g}" for k, v in row.items()), flush=True)
 
 
 def main() -> None:
@@ -150,6 +183,7 @@ def main() -> None:
     for name in DRAWING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")
     parser.add_argument("--caption-weight", type=float, help="beside the cosine; else the bundle's own")
+    parser.add_argument("--weights", action="store_true", help="best of N for other weights of a score's parts, too")
     parser.add_argument("--best-of-only", action="store_true", help="leave retrieval and swaps out")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT", help="these alone")
     parser.add_argument("--json", type=Path)
@@ -175,7 +209,7 @@ def main() -> None:
             if split not in args.splits:
                 continue
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
-                artist, s, o, args.prompts, args.most, settings
+                artist, s, o, args.prompts, args.most, settings, args.weights
             )
     results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings, "caption_weight": ranker.caption_weight}
     for name, job in jobs.items():

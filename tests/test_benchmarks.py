@@ -8,10 +8,12 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from armchair.cli import main
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
+from armchair.sample.pipeline import load_artist
 from armchair.shapes.accuracy import judge_scene
 from armchair.shapes.captions import prompts
 from armchair.shapes.reader import read
@@ -78,7 +80,7 @@ def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, mo
         benchmark(name).main()
         return capsys.readouterr().out
 
-    out = run("shapes_ranker", "--pictures", 12, "--prompts", 2, "--most", 4, "--json", found)
+    out = run("shapes_ranker", "--pictures", 12, "--prompts", 2, "--most", 4, "--weights", "--json", found)
     results = json.loads(found.read_text())
     assert results["retrieval val"]["pictures"] == 12 and "swapped held-form-colour" in out
     for name in ("swapped val", "turned val", "mirrored held-form-colour"):
@@ -89,6 +91,9 @@ def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, mo
     assert weightless["told_by_score"] == weightless["told"] == results["turned val"]["told"]
     best = results["best of N val 2"]
     assert best["best_of_1"] == best["any_of_1"] and best["best_of_4"]["share"] <= best["any_of_4"]["share"]
+    own = {"caption_weight": 1.0, "naturalness": 0.0, "cosine": 1.0}  # not those that the tiny bundle ranks by
+    (row,) = [row for row in best["weights"] if row.items() >= own.items()]
+    assert 0 <= row["best_of_4"] <= best["any_of_4"]["share"] and f"caption_weight {1:.3g}" in out
     assert "held-form-colour 1" in run("shapes_bits", "--scenes", 4, "--count", 8)
     assert "held-count" in run("shapes_accuracy", "--prompts", 4)
 
@@ -103,6 +108,17 @@ def test_a_mirrored_scene_has_the_opposite_relation():
         assert read(render(turned)).relations and judge_scene(prompt, shown).whole
         verdict = judge_scene(prompt, read(render(turned)))
         assert verdict.colours and verdict.forms and verdict.relations is False
+
+
+def test_parts_of_a_score_make_the_score(tmp_path):
+    ranking = benchmark("shapes_ranker")
+    artist = load_artist(write_tiny_bundle(tmp_path / "bundle", ranked=True, captioned=True), "cpu")
+    drawing = artist.draw("a red circle", candidates=5, naturalness=2.0)
+    found = ranking.parts(artist, drawing)
+    assert (found @ torch.tensor([1.0, 0.5, 2.0])).tolist() == pytest.approx(drawing.scores, abs=1e-5)
+    right = torch.tensor([False, True, False, False, False])  # the second of them, best first
+    assert ranking.chosen([(found, right)], (1.0, 0.5, 2.0)) == 0.0
+    assert ranking.chosen([(found[[1, 0]], right[[1, 0]]), (found[1:], right[1:])], (1.0, 0.5, 2.0)) == 0.5
 
 
 def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):

@@ -9,7 +9,8 @@ import tiny
 from armchair.clip.captioner import Captioner, CaptionerConfig
 from armchair.clip.model import CLIP, TextShape
 from armchair.errors import RequestError
-from armchair.train.optim import parameter_groups
+from armchair.train.optim import make_optimizer, parameter_groups
+from armchair.train.recipe import FitConfig
 
 END, BEGIN = 19, 20
 TOKENS = torch.tensor([[3, 5, END, END, END, END], [7, 1, 2, 4, 6, END], [END, END, END, END, END, END]])
@@ -192,7 +193,6 @@ def test_sizes_that_do_not_fit_are_refused(make, message):
         make()
 
 
-@pytest.mark.slow
 def test_a_captioner_learns_which_of_two_colours_is_on_the_left():
     """What tells them apart is the order of words and of places; all four words are in each caption."""
     left, right, red, blue = 1, 2, 3, 4
@@ -201,7 +201,10 @@ def test_a_captioner_learns_which_of_two_colours_is_on_the_left():
         torch.manual_seed(0)
         config = tiny.clip_config(activation="gelu", captioner=CaptionerConfig(layers=2, heads=2))
         m = CLIP(config, TextShape(length=6, vocab_size=20))
-    optimizer = torch.optim.Adam(m.parameters(), lr=3e-3)
+    training = FitConfig(steps=150, batch_size=32, lr=4e-3, matrix_lr=0.02, beta2=0.98, eps=1e-6, precision="fp32")
+    optimizer = make_optimizer(m, training, torch.device("cpu"))
+    for group in optimizer.param_groups:
+        group["lr"] = training.lr * group["lr_scale"]
 
     def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures, true captions `COLOUR SIDE COLOUR`, and the same with the side turned round."""
@@ -217,8 +220,8 @@ def test_a_captioner_learns_which_of_two_colours_is_on_the_left():
         true = torch.cat([torch.stack([first, side, second], 1), ends], 1)
         return images.clamp(0, 1), true, torch.where(true == left, right, torch.where(true == right, left, true))
 
-    for _ in range(250):
-        images, true, _ = batch(16)
+    for _ in range(training.steps):
+        images, true, _ = batch(training.batch_size)
         optimizer.zero_grad()
         (-m.caption_log_prob(m.image_states(images), true).mean()).backward()
         optimizer.step()
