@@ -1,4 +1,6 @@
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis
@@ -61,14 +63,15 @@ def write_tiny_bundle(
     ranked: bool = False,
     captioned: bool = False,
     resolution: int = 16,
-    rotary: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
     **changes: Any,
 ) -> Path:
-    """A bundle of random weights at `out`, with a ranker if `ranked`, which captions too if `captioned`; `changes`
-    replace fields of its info.
+    """A bundle of random weights at `out`, with a ranker if `ranked`, which captions too if `captioned`.
+
+    `options`: of its prior, as in `tiny.OPTIONS`; `changes` replace fields of its info.
     """
     fields = tiny_recipe_dict(resolution)
-    fields["prior"]["rotary"] = rotary
+    fields["prior"] |= {**options, **({"code_features": 0} if options.get("tied") else {})}
     captioner = tiny.CAPTIONER if captioned else None
     if ranked:
         sizes = to_dict(tiny.clip_config(captioner=captioner))

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from armchair.cli import main
+from armchair.config import from_dict, to_dict
+from armchair.prior.transformer import PriorConfig
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
 from armchair.sample.pipeline import load_artist
@@ -18,7 +20,9 @@ from armchair.shapes.accuracy import judge_scene
 from armchair.shapes.captions import prompts
 from armchair.shapes.reader import read
 from armchair.shapes.world import render, scene
+from armchair.train.recipe import Recipe
 from conftest import write_tiny_bundle
+from train import train_tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -147,6 +151,72 @@ def test_steps_are_counted_looking_ahead_and_not(tmp_path, capsys, monkeypatch):
     assert one["steps"] == one["codes"] - 1 and one["times as fast"] == 1
     assert [row["ahead"] for row in several] == [4, 30] and all(0 < row["steps"] <= one["steps"] for row in several)
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_priors_options_are_compared_in_the_same_time(tmp_path, capsys, monkeypatch):
+    short = {"steps": 2, "validate_every": 2, "sheet_every": 2}
+    recipe = {
+        name: {**section, **short} if name.endswith("_training") else section
+        for name, section in train_tiny.RECIPE.items()
+    }
+    run = train_tiny.open_run(tmp_path / "run", recipe)
+    run.stage("prior")
+    run.report.close()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    ablation = benchmark("prior_ablation")
+
+    def ablate(*flags: str) -> str:
+        out = ["--out", str(tmp_path / "out"), "--minutes", "0.003", "--seeds", "0", "1"]
+        monkeypatch.setattr("sys.argv", ["", str(tmp_path / "run"), *out, "--threads", "1", *flags])
+        ablation.main()
+        return capsys.readouterr().out
+
+    ablate("--variants", "faithful")
+    first = json.loads((tmp_path / "out/ablation.json").read_text())["rows"]
+    monkeypatch.setattr(ablation, "seconds_an_update", lambda material, recipe: 0.02)
+    said = ablate("--variants", "faithful", "swiglu", "tied", "recipe")
+    results = json.loads((tmp_path / "out/ablation.json").read_text())
+    assert results["rows"][:2] == first  # what is there is not trained again
+    names = ["faithful", "faithful", "swiglu", "tied", "recipe", "swiglu", "tied", "recipe"]
+    assert [row["variant"] for row in results["rows"]] == names
+    for row in results["rows"]:
+        assert row["steps"] == (9 if row["variant"] != "faithful" else first[0]["steps"])
+        assert row["best"] <= row["bits_image"] and row["gap"] == row["bits_image"] - row["train_bits_image"]
+    found = {row["variant"]: row for row in results["summary"]}
+    assert found["faithful"]["more"] == 0 and found["faithful"]["spread"] == 0 and found["tied"]["spread"] > 0
+    assert all(name in said for name in found)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(SystemExit, match="other settings .*minutes"):
+        ablate("--minutes", "1")
+    with pytest.raises(SystemExit, match="no variant 'rsm'"):
+        ablate("--variants", "rsm")
+
+
+def test_a_variant_differs_from_the_papers_in_one_option_and_has_the_recipes_value():
+    ablation = benchmark("prior_ablation")
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2}
+    recipe = from_dict(Recipe, {**train_tiny.RECIPE, "prior": {**sizes, "rotary": True}})
+    compared = ablation.variants(recipe)
+    paper = compared["faithful"]
+    assert paper.prior == PriorConfig(**sizes) and paper.prior_training.matrix_lr is None
+    assert compared["recipe"] == recipe and compared["muon"].prior_training.matrix_lr == 0.01
+
+    def settings(name: str) -> dict:
+        both = ((section, to_dict(getattr(compared[name], section))) for section in ("prior", "prior_training"))
+        return {f"{section}.{key}": value for section, values in both for key, value in values.items()}
+
+    before, together = settings("faithful"), settings("all")
+    for name, (field, papers, _) in ablation.OPTIONS.items():
+        alone = settings(name)
+        assert [key for key in alone if alone[key] != before[key]] == [field] and before[field] == papers
+        assert together[field] == (papers if name == "tied" else alone[field])
+
+
+def test_a_run_without_codes_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path), "--minutes", "1"])
+    with pytest.raises(SystemExit, match="has no recipe.json: begin its prior first") as error:
+        benchmark("prior_ablation").main()
+    assert "\n" not in str(error.value)
 
 
 def test_cold_starts_of_bundles_are_timed_side_by_side(tmp_path, monkeypatch):

@@ -43,17 +43,29 @@ def shape(grid: int = 4, text_length: int = 5, vocab: int = 11, codebook: int = 
     return StreamShape(text_vocab_size=vocab, text_length=text_length, codebook_size=codebook, grid=grid)
 
 
+# What a block can be beside the paper's: each alone, and together.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "rotary": {"rotary": True},
+    "rms": {"norm": "rms"},
+    "swiglu": {"mlp": "swiglu"},
+    "qk_norm": {"qk_norm": True},
+    "tied": {"tied": True},
+    "all": {"rotary": True, "norm": "rms", "mlp": "swiglu", "qk_norm": True, "tied": True},
+}
+
+
 def prior(
     stream: StreamShape,
     *patterns: str,
     width: int = 16,
     features: int = 0,
-    rotary: bool = False,
     codebook: Tensor | None = None,
     seed: int = 0,
     blank: bool = False,
+    **options: Any,
 ) -> Prior:
-    """A prior with one layer a pattern. Weights that start at zero are random too, unless `blank`."""
+    """A prior with one layer a pattern, options as in OPTIONS. Weights that start at zero are random unless `blank`."""
     config = PriorConfig(
         d_model=width,
         n_layer=len(patterns),
@@ -61,7 +73,7 @@ def prior(
         attention=patterns,
         last_attention=None,
         code_features=features,
-        rotary=rotary,
+        **options,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -158,6 +158,10 @@ def test_pictures_on_a_list_are_left_out(
     assert main([*argv, "--report", str(tmp_path / "r"), "--without-overlap", str(tmp_path / "list"), *FLAGS]) == 0
     about = json.loads((tmp_path / "r/report.json").read_text())["about"]
     assert about["held-out pictures"].startswith("4 of") and "2 keys left out" in about["held-out pictures"]
+    made = about["made by"]  # and no folder of this machine
+    assert made.startswith("armchair evaluate tiny --data shapes:val,length=6 --suite reconstruction")
+    assert "--features pool.pt --without-overlap FILE" in made
+    assert "--pictures 8" in made and made.endswith("--report DIR")
 
 
 def test_wrong_requests(tiny_bundle: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

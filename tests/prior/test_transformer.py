@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import tiny
 from armchair.errors import RequestError
-from armchair.prior.attention import PATTERNS
+from armchair.prior.attention import PATTERNS, stream_mask
 from armchair.prior.sequence import StreamShape, null_text, stream_loss, text_input_ids
 from armchair.prior.transformer import Dropout, Prior, PriorConfig, lookalikes
 from armchair.train.muon import MuonAdamW
@@ -19,6 +20,7 @@ layers = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3)
 grids = st.integers(1, 7)
 text_lengths = st.integers(1, 6)
 seeds = st.integers(0, 999)
+blocks = st.sampled_from(list(tiny.OPTIONS.values()))
 
 
 def cached_image_logits(model: Prior, text: Tensor, codes: Tensor) -> Tensor:
@@ -31,22 +33,22 @@ def cached_image_logits(model: Prior, text: Tensor, codes: Tensor) -> Tensor:
     return torch.stack(logits, 1)
 
 
-def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: int, rotary: bool = False) -> None:
+def assert_cache_agrees(patterns: list[str], grid: int, text_length: int, seed: int, **options: Any) -> None:
     stream = tiny.shape(grid, text_length)
-    model = tiny.prior(stream, *patterns, seed=seed, rotary=rotary)
+    model = tiny.prior(stream, *patterns, seed=seed, **options)
     text, codes = tiny.texts(2, stream, seed), tiny.codes(2, stream, seed)
     with torch.no_grad():
         whole = model(text, codes)[1]
-        stepwise = cached_image_logits(model, text, codes)
+        stepwise = cached_image_logits(model.folded(), text, codes)
     assert whole.shape == (2, grid**2, stream.codebook_size)
     assert float(whole.std()) > 0.1  # the weights are not blank
     torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40)
-@given(patterns=layers, grid=grids, text_length=text_lengths, seed=seeds, rotary=st.booleans())
-def test_cached_and_uncached_logits_agree(patterns, grid, text_length, seed, rotary):
-    assert_cache_agrees(patterns, grid, text_length, seed, rotary)
+@given(patterns=layers, grid=grids, text_length=text_lengths, seed=seeds, options=blocks)
+def test_cached_and_uncached_logits_agree(patterns, grid, text_length, seed, options):
+    assert_cache_agrees(patterns, grid, text_length, seed, **options)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -56,10 +58,10 @@ def test_cached_and_uncached_logits_agree_for_each_pattern(pattern, grid):
 
 
 @settings(max_examples=40)
-@given(patterns=layers, grid=st.integers(2, 6), text_length=text_lengths, seed=seeds, data=st.data())
-def test_a_later_token_never_changes_an_earlier_logit(patterns, grid, text_length, seed, data):
+@given(patterns=layers, grid=st.integers(2, 6), text_length=text_lengths, seed=seeds, options=blocks, data=st.data())
+def test_a_later_token_never_changes_an_earlier_logit(patterns, grid, text_length, seed, options, data):
     stream = tiny.shape(grid, text_length)
-    model = tiny.prior(stream, *patterns, seed=seed)
+    model = tiny.prior(stream, *patterns, seed=seed, **options)
     text, codes = tiny.texts(1, stream, seed), tiny.codes(1, stream, seed)
     at = data.draw(st.integers(0, stream.length - 1))
     changed_text, changed_codes = text.clone(), codes.clone()
@@ -206,12 +208,150 @@ def test_heads_that_two_axes_cannot_share_are_refused():
         tiny.prior(tiny.shape(), "full", width=12, rotary=True)
 
 
+# What the blocks are.
+
+
+def literal(model: Prior, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole stream by the formulas, from the weights and their names alone; nothing turns."""
+    w, config, stream = dict(model.named_parameters()), model.config, model.shape
+    size, t = config.d_model // config.n_head, stream.text_length
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def rms(x: Tensor, gain: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        if config.norm == "rms":
+            return rms(x, w[f"{name}.weight"])
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    places = w["row_embedding.weight"][:, None] + w["column_embedding.weight"][None]
+    image = w["image_embedding.weight"][codes[:, :-1]] + places.flatten(0, 1)[:-1]
+    words = w["text_embedding.weight"][text_input_ids(text, stream)] + w["text_position.weight"]
+    x = torch.cat([words, image], 1)
+    for i, pattern in enumerate(config.patterns):
+        block = f"blocks.{i}"
+        q, k, v = linear(f"{block}.attention.qkv", norm(f"{block}.attention_norm", x)).chunk(3, -1)
+        mask, heads = stream_mask(pattern, t, stream.grid), []
+        for h in range(config.n_head):
+            own = slice(h * size, (h + 1) * size)
+            a, b = q[..., own], k[..., own]
+            if config.qk_norm:
+                a = rms(a, w[f"{block}.attention.query_norm.weight"])
+                b = rms(b, w[f"{block}.attention.key_norm.weight"])
+            scores = (a @ b.transpose(1, 2) / math.sqrt(size)).masked_fill(~mask, -torch.inf)
+            heads.append(scores.softmax(-1) @ v[..., own])
+        x = x + linear(f"{block}.attention.out", torch.cat(heads, -1))
+        hidden = linear(f"{block}.mlp_in", norm(f"{block}.mlp_norm", x))
+        if config.mlp == "swiglu":
+            gate, value = hidden.chunk(2, -1)
+            hidden = gate * gate.sigmoid() * value
+        else:
+            hidden = F.gelu(hidden)
+        x = x + linear(f"{block}.mlp_out", hidden)
+    x = norm("norm", x)
+    head = w["image_embedding.weight"] * 256 / config.d_model if config.tied else w["image_head.weight"]
+    return linear("text_head", x[:, :t]), F.linear(x[:, t:], head, w["image_head.bias"])
+
+
+@pytest.mark.parametrize("name", [name for name, options in tiny.OPTIONS.items() if not options.get("rotary")])
+def test_the_blocks_are_the_formulas(name):
+    stream = tiny.shape()
+    model = tiny.prior(stream, *PATTERNS, **tiny.OPTIONS[name])
+    text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
+    with torch.no_grad():
+        for found, expected in zip(model(text, codes), literal(model, text, codes), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert float(expected.std()) > 0.1
+
+
+def test_the_defaults_have_the_names_and_the_start_that_they_always_had():
+    model = tiny.prior(tiny.shape(), "full", "row", blank=True)
+    tables = ["text_embedding", "text_position", "image_embedding", "row_embedding", "column_embedding"]
+    layers = ["attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp_in", "mlp_out"]
+    both = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in layers] + ["norm", "text_head", "image_head"]
+    names = [f"{table}.weight" for table in tables] + [f"{b}.{kind}" for b in both for kind in ("weight", "bias")]
+    assert [name for name, _ in model.named_parameters()] == list(model.state_dict()) == names
+    first = {
+        "text_embedding": [-0.107247494161129, -0.07959707826375961],
+        "image_embedding": [0.1276141256093979, -0.04210490360856056],
+        "column_embedding": [-0.04641932621598244, -0.024849986657500267],
+        "blocks.1.attention.qkv": [0.06336135417222977, 0.056302398443222046],
+        "blocks.1.mlp_in": [0.5434964299201965, 0.3676118552684784],
+    }
+    for name, numbers in first.items():
+        assert model.get_parameter(f"{name}.weight")[0, :2].tolist() == pytest.approx(numbers, rel=1e-5), name
+
+
+@pytest.mark.parametrize("width", [192, 256, 512, 1024, 3968])
+def test_a_gated_block_has_as_many_parameters_as_a_plain_one(width):
+    stream, count = tiny.shape(), {}
+    for mlp in ("gelu", "swiglu"):
+        config = PriorConfig(d_model=width, n_layer=1, n_head=2, mlp=mlp)
+        with torch.device("meta"):
+            count[mlp] = sum(p.numel() for p in Prior(config, stream).blocks[0].parameters())
+        assert config.hidden % 8 == 0
+    assert count["swiglu"] == pytest.approx(count["gelu"], rel=0.005)
+
+
+def test_normalised_queries_and_keys_do_not_grow_with_their_weights():
+    """What qk_norm is for: attention cannot become sharp by weights that grow without end."""
+    stream = tiny.shape()
+    text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
+    for qk_norm in (False, True):
+        model = tiny.prior(stream, "full", qk_norm=qk_norm)
+        shares: list[Tensor] = []
+        with torch.no_grad():
+            for _ in range(2):
+                model(text, codes, watch=lambda layer, share, told=shares: told.append(share))
+                qkv = model.blocks[0].attention.qkv
+                qkv.weight[:32], qkv.bias[:32] = 50 * qkv.weight[:32], 50 * qkv.bias[:32]
+        assert torch.allclose(*shares, atol=1e-4) == qk_norm
+
+
+def test_a_tied_table_is_one_table():
+    stream = tiny.shape()
+    tied, plain = (tiny.prior(stream, "full", tied=tied) for tied in (True, False))
+    counts = [sum(p.numel() for p in model.parameters()) for model in (tied, plain)]
+    assert counts[1] - counts[0] == plain.image_head.weight.numel()
+    assert plain.state_dict().keys() - tied.state_dict().keys() == {"image_head.weight"}
+    text, codes = tiny.texts(1, stream), torch.zeros(1, stream.image_length).long()
+    logits = tied(text, codes)[1]
+    logits[0, 0, 5].backward()  # of a code that is nowhere in the picture
+    assert tied.image_embedding.weight.grad[5].any() and not tied.image_embedding.weight.grad[6].any()
+    folded = tied.folded()
+    assert not folded.config.tied
+    with torch.no_grad():
+        torch.testing.assert_close(folded(text, codes)[1], logits)
+
+
+def test_a_tied_table_and_computed_vectors_are_refused_together():
+    with pytest.raises(RequestError, match="tied: code_features makes vectors .* take one of the two") as error:
+        PriorConfig(tied=True, code_features=8)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qk_norm", "all"])
+def test_a_loss_goes_back_through_every_weight_in_16_bits_too(dtype, name):
+    stream = tiny.shape()
+    model = tiny.prior(stream, "full", "row", width=32, **tiny.OPTIONS[name])
+    text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        stream_loss(*model(text, codes), text, codes).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.any(), name
+
+
 # Initialisation, loss and training.
 
 
-def test_the_first_logits_are_uniform_and_the_first_loss_is_ln_v():
+@pytest.mark.parametrize("name", [name for name, options in tiny.OPTIONS.items() if not options.get("tied")])
+def test_the_first_logits_are_uniform_and_the_first_loss_is_ln_v(name):
     stream = tiny.shape(vocab=11, codebook=13)
-    model = tiny.prior(stream, *PATTERNS, blank=True)
+    model = tiny.prior(stream, *PATTERNS, blank=True, **tiny.OPTIONS[name])
     text, codes = tiny.texts(3, stream), tiny.codes(3, stream)
     text_logits, image_logits = model(text, codes)
     assert text_logits.shape == (3, 5, 12) and not text_logits.any() and not image_logits.any()
@@ -251,6 +391,38 @@ def test_the_loss_is_the_plain_cross_entropy(dtype, rows, stream_seed, vocab, we
         assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max() + 1e-12
 
 
+def test_with_a_tied_table_the_first_loss_is_nearly_ln_v():
+    stream = tiny.shape(codebook=300)
+    model = tiny.prior(stream, "full", width=256, blank=True, tied=True)
+    text, codes = tiny.texts(3, stream), tiny.codes(3, stream)
+    assert stream_loss(*model(text, codes), text, codes).image.item() == pytest.approx(math.log(300), abs=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.05, 0.5])
+def test_the_smoothed_loss_is_the_cross_entropy_with_a_spread_target(dtype, smoothing):
+    """Of image tokens only; what is told of them is as without."""
+    stream = tiny.shape(6, 50, 30, 3000)  # 108 rows of 3000 make more than one block
+    text, codes = tiny.texts(3, stream), tiny.codes(3, stream)
+    g = tiny.seeded()
+    sizes = ((stream.text_length, 31), (stream.image_length, 3000))
+    start = [(3 * torch.randn(3, n, v, generator=g)).to(dtype) for n, v in sizes]
+    ours, plain = [[x.clone().requires_grad_() for x in start] for _ in range(2)]
+    found = stream_loss(*ours, text, codes, 0.25, label_smoothing=smoothing)
+    text_loss = F.cross_entropy(plain[0].float().flatten(0, 1), text.flatten())
+    target = smoothing / 3000 + (1 - smoothing) * F.one_hot(codes, 3000)
+    image_loss = -(target * plain[1].float().log_softmax(-1)).sum(-1).mean()
+    expected = 0.25 * text_loss + 0.75 * image_loss
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-5)
+    unsmoothed = stream_loss(*start, text, codes)
+    assert torch.equal(found.image, unsmoothed.image) and torch.equal(found.text.detach(), unsmoothed.text)
+    found.loss.backward()
+    expected.backward()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(ours, plain, strict=True):
+        assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max() + 1e-12
+
+
 def test_text_weighs_an_eighth():
     text_logits, image_logits = torch.zeros(1, 2, 4), torch.zeros(1, 9, 16)
     loss = stream_loss(text_logits, image_logits, torch.zeros(1, 2).long(), torch.zeros(1, 9).long())
@@ -280,6 +452,8 @@ def test_the_default_has_twelve_billion_parameters():
         ({"d_model": 10, "n_head": 4}, "d_model 10 is not a multiple of n_head 4"),
         ({"n_layer": 0}, "n_layer: expected at least 1, got 0"),
         ({"code_features": -1}, "code_features: expected at least 0, got -1"),
+        ({"norm": "rmsnorm"}, "norm: unknown 'rmsnorm': .*'rms'"),
+        ({"mlp": "swish"}, "mlp: unknown 'swish': .*'swiglu'"),
         ({"attention": ()}, "attention: expected at least one pattern"),
         ({"attention": ("roww",)}, "roww.*'row'"),
         ({"last_attention": "ful"}, "ful.*'full'"),
@@ -305,10 +479,12 @@ def test_a_batch_can_be_learnt_by_heart():
         assert torch.equal(model(text, codes)[1].argmax(-1), codes)
 
 
-def change_after_steps(width: int, scaled: bool, matrix_scale: float | None = None) -> dict[str, float]:
+def change_after_steps(
+    width: int, scaled: bool, matrix_scale: float | None = None, **options: Any
+) -> dict[str, float]:
     """Root mean square change of the logits and of the stream before the heads, after a few updates."""
     stream = tiny.shape(vocab=40, codebook=40)
-    model = tiny.prior(stream, "full", "full", width=width, blank=True)
+    model = tiny.prior(stream, "full", "full", width=width, blank=True, **options)
     text, codes = tiny.texts(16, stream), tiny.codes(16, stream)
     groups = parameter_groups(model, 0.0, matrix_scale=matrix_scale)
     optimizer = MuonAdamW([{**g, "lr": 2e-3 * (g["lr_scale"] if scaled else 1)} for g in groups])
@@ -326,9 +502,10 @@ def change_after_steps(width: int, scaled: bool, matrix_scale: float | None = No
     }
 
 
+@pytest.mark.parametrize("options", ["paper", "all"])
 @pytest.mark.parametrize("matrix_scale", [None, 10.0])
-def test_one_step_size_serves_every_width(matrix_scale):
-    scaled = [change_after_steps(width, True, matrix_scale) for width in (64, 128, 256)]
+def test_one_step_size_serves_every_width(matrix_scale, options):
+    scaled = [change_after_steps(width, True, matrix_scale, **tiny.OPTIONS[options]) for width in (64, 128, 256)]
     for what in ("logits", "activations"):
         changes = [s[what] for s in scaled]
         assert max(changes) < 2 * min(changes)

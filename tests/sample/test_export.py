@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import tiny
 from armchair.bundle import read_bundle, write_bundle
 from armchair.errors import BundleError, RequestError
 from armchair.prior.transformer import Prior
@@ -26,7 +27,7 @@ PROMPT = "a red circle"
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All four patterns, rotary, vectors of codes that are computed, and a ranker."""
-    return write_tiny_bundle(tmp_path_factory.mktemp("original") / "tiny", ranked=True, rotary=True)
+    return write_tiny_bundle(tmp_path_factory.mktemp("original") / "tiny", ranked=True, options=tiny.OPTIONS["rotary"])
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,13 @@ def all_drawings(artist: Artist, photo: Image.Image) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("options", ["paper", "rotary", "all"])
 def test_the_same_codes_as_the_bundle_it_came_from(
-    tmp_path: Path, photo: Image.Image, seed: int, rotary: bool
+    tmp_path: Path, photo: Image.Image, seed: int, options: str
 ) -> None:
     if not exact_products():
         pytest.skip("this processor does not draw in eight bits")
-    write_tiny_bundle(tmp_path / "tiny", seed, rotary=rotary)
+    write_tiny_bundle(tmp_path / "tiny", seed, options=tiny.OPTIONS[options])
     for out in (tmp_path / "eight", tmp_path / "eight.zip"):
         export_bundle(tmp_path / "tiny", out)
         drawings = zip(

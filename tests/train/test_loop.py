@@ -338,6 +338,19 @@ def test_dropout_differs_by_step_and_part_and_is_not_there_in_validation():
     assert loss(0, 0) == loss(0, 1) == loss(1, 0)
 
 
+def test_smoothing_changes_what_is_minimised_and_not_what_is_told():
+    stage = prior_stage(label_smoothing=0.3)
+    for p in stage.model.parameters():
+        p.data.normal_(std=0.3)
+    part = next(stage.batches(0))
+    smoothed, figures = stage.loss(part, 0, 0)
+    validated = stage.validate(stage.model)
+    stage.config = replace(stage.config, label_smoothing=0.0)
+    plain, told = stage.loss(part, 0, 0)
+    assert figures == told and validated == stage.validate(stage.model)
+    assert abs(float(smoothed.detach()) - float(plain.detach())) > 0.01
+
+
 class Painter(nn.Module):
     """Decodes whatever it gets into the next of the pictures it was given."""
 

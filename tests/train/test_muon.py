@@ -98,6 +98,12 @@ def test_muon_moves_the_matrices_of_the_blocks_and_no_embedding_or_head():
     }
 
 
+def test_the_gates_and_the_values_of_a_gated_block_move_as_two_matrices():
+    moved = moved_by_muon(tiny.prior(tiny.shape(), "full", **tiny.OPTIONS["all"]))
+    assert moved == {f"blocks.0.{name}.weight": n for name, n in
+                     {"attention.qkv": 3, "attention.out": 1, "mlp_in": 2, "mlp_out": 1}.items()}  # fmt: skip
+
+
 def test_muon_moves_the_convolutions_of_an_autoencoder_and_not_its_codes():
     moved = moved_by_muon(Autoencoder(tiny.dvae(), channels=3, noise=0.3))
     assert moved and set(moved.values()) == {1}

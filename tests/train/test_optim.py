@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from armchair.train.optim import Plateau, cosine, parameter_groups, step_size, update_ema
-from armchair.train.recipe import FitConfig
+from armchair.train.optim import Plateau, cosine, make_optimizer, parameter_groups, step_size, update_ema
+from armchair.train.recipe import FitConfig, PriorTraining
 
 
 def fit_config(**fields) -> FitConfig:
@@ -122,6 +122,23 @@ def test_weight_decay_and_width_apply_to_the_priors_matrices_only(width):
     }
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0)
     assert (matrices["lr_scale"], others["lr_scale"]) == (256 / width, 1)
+
+
+def test_gains_and_a_tied_table_are_spared_and_go_by_the_recipes_step_size():
+    model = tiny.prior(tiny.shape(), "full", width=64, **tiny.OPTIONS["all"])
+    (matrices, others), (decayed, spared) = names_by_group(model)
+    layers = ("attention.qkv", "attention.out", "mlp_in", "mlp_out")
+    assert decayed == {*(f"blocks.0.{m}.weight" for m in layers), "text_head.weight"}
+    gains = {f"blocks.0.attention.{kind}_norm.weight" for kind in ("query", "key")}
+    assert spared >= gains | {"image_embedding.weight", "norm.weight"}
+    assert (others["weight_decay"], others["lr_scale"], matrices["lr_scale"]) == (0, 1, 256 / 64)
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_the_width_that_a_step_size_is_stated_at_is_the_recipes(width):
+    config = PriorTraining(steps=1, batch_size=1, lr=1e-3, lr_width=width)
+    optimizer = make_optimizer(tiny.prior(tiny.shape(), "full", width=64), config, torch.device("cpu"))
+    assert [g["lr_scale"] for g in optimizer.param_groups] == [width / 64, 1]
 
 
 @pytest.mark.parametrize("matrix_scale", [None, 3.0])

@@ -1,9 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from armchair.config import from_dict, to_dict
 from armchair.errors import RequestError
+from armchair.image.dvae import DVAEConfig
+from armchair.prior.sequence import StreamShape
+from armchair.prior.transformer import Prior, PriorConfig
 from armchair.train.recipe import Recipe, read_recipe
 from train import train_tiny
 
@@ -37,6 +41,28 @@ def test_every_recipe_is_valid(path):
 
 def test_there_are_recipes():
     assert RECIPES
+
+
+def test_the_papers_recipe_is_the_papers():
+    """Its numbers as published (sections 2 and appendices A and B), and of a size that nothing here could hold."""
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "dalle-12b"))
+    assert recipe.prior == PriorConfig() and recipe.image_tokenizer == DVAEConfig()
+    assert not recipe.data.train and recipe.ranker is None and recipe.autoencoder_training is None
+    t, p = recipe.image_tokenizer_training, recipe.prior_training
+    assert (t.batch_size, t.lr, t.final_lr) == (512, 1e-4, 1.25e-6)
+    assert (p.batch_size, p.steps, p.lr, p.warmup, p.schedule) == (1024, 430_000, 4.5e-4, 5_000, "plateau")
+    assert (p.lr_width, p.matrix_lr, p.beta2, p.weight_decay, p.clip) == (3968, None, 0.96, 4.5e-2, 4)
+    assert not (p.caption_dropout or p.dropout or p.code_dropout or p.code_noise or p.label_smoothing)
+    shape = StreamShape(
+        text_vocab_size=recipe.text_tokenizer.vocab_size,
+        text_length=recipe.text_tokenizer.length,
+        codebook_size=recipe.image_tokenizer.codebook_size,
+        grid=recipe.image_tokenizer.grid,
+    )
+    assert shape == StreamShape(text_vocab_size=16384, text_length=256, codebook_size=8192, grid=32)
+    with torch.device("meta"):
+        prior = Prior(recipe.prior, shape)
+    assert round(sum(w.numel() for w in prior.parameters()) / 1e9) == 12
 
 
 def test_fields_left_out_are_the_papers(small):
@@ -90,6 +116,12 @@ def test_overrides_are_dotted_names(small):
         ({"prior_training.dropout": 1}, r"prior_training: dropout: expected 0 or more and less than 1"),
         ({"prior_training.code_noise": 1.0}, r"prior_training: code_noise: expected 0 or more and less than 1"),
         ({"prior_training.code_dropout": -0.1}, r"prior_training: code_dropout: expected 0 or more and less than 1"),
+        ({"prior_training.label_smoothing": 1.0}, r"label_smoothing: expected 0 or more and less than 1, got 1\.0"),
+        ({"prior_training.lr_width": 0}, r"prior_training: lr_width: expected at least 1, got 0"),
+        ({"prior.norm": "batch"}, r"prior: norm: unknown 'batch': valid names: layer, rms"),
+        ({"prior.mlp": "swigl"}, r"prior: mlp: unknown 'swigl': did you mean 'swiglu'"),
+        ({"prior.qk_norm": "rms"}, r"prior\.qk_norm: expected bool, got 'rms'"),
+        ({"prior.tied": True, "prior.code_features": 8}, r"prior: tied: code_features makes .* take one of the two"),
         ({"prior.kind": "transformr"}, r"prior: kind: unknown 'transformr'.*'transformer'"),
         ({"image_tokenizer.kind": "vqgan"}, r"image_tokenizer: kind: unknown 'vqgan'.*dvae"),
         ({"ranker": {"kind": "siglip"}}, r"ranker: kind: unknown 'siglip'.*clip"),

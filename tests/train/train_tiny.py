@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
         "n_hid": 8, "n_init": 8, "codebook_size": 32,
     },
     "prior": {"d_model": 16, "n_layer": 2, "n_head": 2, "attention": ["row", "column"], "code_features": 8,
-              "rotary": True},
+              "rotary": True, "norm": "rms", "mlp": "swiglu", "qk_norm": True},
     "autoencoder_training": {**FIT, "images": 40, "matrix_lr": 0.01, "at_once": 2},
     "image_tokenizer_training": {
         **FIT, "lr": 2e-6, "tau_steps": 100, "kl_weight": 0.1, "kl_steps": 50,
@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     },
     "prior_training": {
         **FIT, "views": 2, "accuracy_prompts": 2, "schedule": "plateau", "plateau_patience": 1, "matrix_lr": 0.01,
-        "dropout": 0.1, "code_dropout": 0.1, "code_noise": 0.1,
+        "dropout": 0.1, "code_dropout": 0.1, "code_noise": 0.1, "label_smoothing": 0.1,
     },
     "ranker": {
         "embed_dim": 8,

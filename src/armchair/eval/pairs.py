@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class Pairs:
     images: list[np.ndarray] = field(repr=False)
     captions: list[str]
     fingerprint: str
+    places: list[str]  # of each picture, the name of the path that it came by
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,9 +48,12 @@ def read_pairs(paths: Sequence[str], artist: Artist, count: int, without: frozen
     except (RequestError, KeyError):
         config = DataConfig(resolution=resolution)
     source = open_source(paths, config)
+    names = [Path(path).name for path in paths]
+    ends = np.cumsum([len(open_source([path], config)) for path in paths]) if len(paths) > 1 else [len(source)]
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(source))
     images: list[np.ndarray] = []
     captions: list[str] = []
+    places: list[str] = []
     for i in map(int, order):
         if len(images) == count:
             break
@@ -60,9 +65,10 @@ def read_pairs(paths: Sequence[str], artist: Artist, count: int, without: frozen
         except BrokenSample:
             continue
         images.append(square(sample.image, artist.resolution))
+        places.append(names[int(np.searchsorted(ends, i, side="right"))])
     if len(images) < 2:
         raise DataError(f"{', '.join(paths)}: evaluation needs two readable captioned images or more")
-    return Pairs(images=images, captions=captions, fingerprint=source.fingerprint())
+    return Pairs(images=images, captions=captions, fingerprint=source.fingerprint(), places=places)
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """`armchair evaluate`: all tests, or some, into one report."""
 
 import platform
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ def evaluate(
         "training pictures": "not given" if seen is None else f"{len(seen)} of data {seen.fingerprint[:16]}",
         "drawn with": f"{settings}, weights in {artist.weights}",
         "seed": str(config.seed),
+        "made by": _command(artist, data, train, suites, features, bool(without), config),
         "versions": f"armchair {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
     }
     done: list[Section] = []
@@ -138,3 +140,29 @@ def evaluate(
         write_report(report, f"{artist.bundle.name}, measured", about, done)
     return done
 
+
+def _command(
+    artist: Artist,
+    data: Sequence[str],
+    train: Sequence[str],
+    suites: Sequence[str],
+    features: Sequence[str],
+    without: bool,
+    config: EvaluateConfig,
+) -> str:
+    """What makes the report again, its files by their names only: a report travels, its maker's folders do not."""
+    words = ["armchair", "evaluate", artist.bundle.name, "--data", *(Path(place).name for place in data)]
+    if train:
+        words += ["--train", *(Path(place).name for place in train)]
+    if suites:
+        words += ["--suite", *suites]
+    if tuple(features) != (OFFLINE,):
+        words += ["--features", *(Path(name).name for name in features)]
+    if artist.ranker is not None and artist.ranker.id != artist.id:
+        words += ["--ranker", artist.ranker.id.name]
+    if without:
+        words += ["--without-overlap", "FILE"]
+    for name, value in vars(config).items():
+        if value != getattr(EvaluateConfig(), name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, "--report", "DIR"])

@@ -65,53 +65,72 @@ def null_text(count: int, shape: StreamShape, device: torch.device | str = "cpu"
 
 
 class StreamLoss(NamedTuple):
-    loss: Tensor  # text_weight * text + (1 - text_weight) * image
+    loss: Tensor  # text_weight * text + (1 - text_weight) * image, the image's smoothed where that is asked for
     text: Tensor  # nats per text token, pads counted
-    image: Tensor  # nats per image token
+    image: Tensor  # nats per image token; where the loss is smoothed, to look at only: without a gradient
 
 
 def stream_loss(
-    text_logits: Tensor, image_logits: Tensor, text_tokens: Tensor, codes: Tensor, text_weight: float = 1 / 8
+    text_logits: Tensor,
+    image_logits: Tensor,
+    text_tokens: Tensor,
+    codes: Tensor,
+    text_weight: float = 1 / 8,
+    label_smoothing: float = 0.0,
 ) -> StreamLoss:
     """Cross-entropies, each a mean over its own tokens, weighed 1/8 to 7/8 (paper, section 2.2).
 
-    text_logits (B, T, V+1), image_logits (B, N, K), text_tokens (B, T), codes (B, N).
+    text_logits (B, T, V+1), image_logits (B, N, K), text_tokens (B, T), codes (B, N). With `label_smoothing` s the
+    target of an image token is its code at 1 - s and every code at s / K (Szegedy et al., "Rethinking the Inception
+    Architecture", 2016); `image` is without.
     """
-    text = cross_entropy(text_logits.flatten(0, 1), text_tokens.flatten())
-    image = cross_entropy(image_logits.flatten(0, 1), codes.flatten())
-    return StreamLoss(text_weight * text + (1 - text_weight) * image, text, image)
+    text, _ = cross_entropies(text_logits.flatten(0, 1), text_tokens.flatten())
+    image, plain = cross_entropies(image_logits.flatten(0, 1), codes.flatten(), label_smoothing)
+    return StreamLoss(text_weight * text + (1 - text_weight) * image, text, plain if label_smoothing else image)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[target] in nats, computed in float32. logits (M, V), targets (M,) int64."""
-    return _CrossEntropy.apply(logits, targets)
+def cross_entropies(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Means of -log softmax(logits)[target] in nats, computed in float32: smoothed, and plain, without a gradient.
+
+    logits (M, V), targets (M,) int64.
+    """
+    return _CrossEntropies.apply(logits, targets, smoothing)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropies(torch.autograd.Function):
     """Cross-entropy by blocks of rows, so that no float32 copy of 16-bit logits is ever held whole.
 
     It costs a quarter of the plain formula's time on a CPU, where that is bound by memory.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor):  # type: ignore[override]
+    def forward(ctx, logits: Tensor, targets: Tensor, smoothing: float):  # type: ignore[override]
         nll = torch.empty(len(logits), device=logits.device)
+        spread = torch.zeros_like(nll)  # the target's logit less the mean of all
         for rows in _row_blocks(logits):
-            nll[rows] = F.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
+            x = logits[rows].float()
+            nll[rows] = F.cross_entropy(x, targets[rows], reduction="none")
+            if smoothing:
+                spread[rows] = x.gather(1, targets[rows, None])[:, 0] - x.mean(1)
         ctx.save_for_backward(logits, targets, nll)
-        return nll.mean()
+        ctx.smoothing = smoothing
+        plain = nll.mean()
+        ctx.mark_non_differentiable(plain)
+        return plain + smoothing * spread.mean() if smoothing else plain.clone(), plain
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         logits, targets, nll = ctx.saved_tensors
         out = torch.empty_like(logits)
         for rows in _row_blocks(logits):
             x, t = logits[rows].float(), targets[rows, None]
             log_z = nll[rows, None] + x.gather(1, t)
             p = x.sub_(log_z).exp_()
-            p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
+            p.scatter_add_(1, t, p.new_full(t.shape, ctx.smoothing - 1.0))
+            if ctx.smoothing:
+                p.sub_(ctx.smoothing / p.shape[1])
             out[rows] = p.mul_(grad / len(logits)).to(out.dtype)
-        return out, None
+        return out, None, None
 
 
 def _row_blocks(x: Tensor) -> list[slice]:

@@ -10,9 +10,12 @@ Initialisation and step size (`parameter_groups` in `armchair.train.optim` reads
     projections back to the stream, heads    zero          x 256 / D (heads too)
     gains one, biases zero                                 as the recipe says
     vectors of codes, with `code_features`                 x 0.1
+    one table of codes, with `tied`      normal, std 0.02  as the recipe says; as a head it counts 256 / D times
 
-so that at every width the first logits are zero, every block starts as the identity, and one update moves
-each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
+where 256 in a step size is the recipe's `lr_width`;
+
+so that at every width the first logits are zero (with `tied`, small), every block starts as the identity, and one
+update moves each activation by about the same amount: a step size found at 2 M parameters holds at 200 M (Yang et al.,
 "Tensor Programs V", 2022).
 """
 
@@ -37,12 +40,23 @@ from armchair.prior.attention import (
 )
 from armchair.prior.sequence import StreamShape, text_input_ids
 
-BASE_WIDTH = 256  # the width at which a recipe's step size is stated
+BASE_WIDTH = 256  # the width at which a recipe's step size is stated, where it says no other
+NORM_EPSILON = 1e-5  # of every norm, as PyTorch's LayerNorm has it
+NORMS = ("layer", "rms")
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2H) -> (..., H): the second half, let through as the first says (Shazeer, "GLU Variants", 2020)."""
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+MLPS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """Sizes of the transformer; the defaults are the 12-billion-parameter model of the paper."""
+    """Sizes and parts of the transformer; the defaults are the 12-billion-parameter model of the paper."""
 
     kind: str = "transformer"
     d_model: int = 3968
@@ -52,9 +66,14 @@ class PriorConfig:
     last_attention: str | None = "convolutional"  # the last layer's pattern, where it differs
     code_features: int = 0  # hidden units of `CodeVectors`; 0: a code has only the vectors it learns for itself (paper)
     rotary: bool = False  # whether queries and keys turn by row and column; paper: no
+    norm: str = "layer"  # or "rms": by the root mean square alone, nothing subtracted and no bias
+    mlp: str = "gelu"  # or "swiglu": hidden units gated by others, as many of both as make the parameters the same
+    qk_norm: bool = False  # whether the queries and the keys of a head are normalised; paper: no
+    tied: bool = False  # whether codes come in and go out by one table; paper: not stated
 
     def __post_init__(self) -> None:
-        check_name("kind", self.kind, ["transformer"])
+        for name, valid in (("kind", ("transformer",)), ("norm", NORMS), ("mlp", MLPS)):
+            check_name(name, getattr(self, name), valid)
         for name, least in (("d_model", 1), ("n_layer", 1), ("n_head", 1), ("code_features", 0)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name}: expected at least {least}, got {getattr(self, name)}")
@@ -63,6 +82,9 @@ class PriorConfig:
         if self.rotary and self.d_model // self.n_head % 4:
             size = self.d_model // self.n_head
             raise RequestError(f"rotary: heads of {size} (d_model / n_head) cannot be shared by two axes; take 4, 8, …")
+        if self.tied and self.code_features:
+            raise RequestError("tied: code_features makes vectors for codes that come in and others for those that go "
+                               "out; take one of the two")  # fmt: skip
         if not self.attention:
             raise RequestError("attention: expected at least one pattern")
         for pattern in self.patterns:
@@ -76,6 +98,30 @@ class PriorConfig:
             p[-1] = self.last_attention
         return tuple(p)
 
+    def folded(self) -> "PriorConfig":
+        """That of the model with its codes' vectors written out (`Prior.folded`)."""
+        return replace(self, code_features=0, tied=False)
+
+    @property
+    def hidden(self) -> int:
+        """Units that a block's second half has between its matrices: 4 D; with three matrices 8/3 D, by eights."""
+        return 4 * self.d_model if self.mlp == "gelu" else 8 * max(1, round(self.d_model / 3))
+
+    @property
+    def hidden_inputs(self) -> int:
+        """What the first of those matrices gives: the units, and with `swiglu` their gates before them."""
+        return self.hidden if self.mlp == "gelu" else 2 * self.hidden
+
+
+def rms_norm(size: int) -> nn.Module:
+    """Numbers over their root mean square, times a gain (Zhang and Sennrich, 2019)."""
+    return nn.RMSNorm(size, eps=NORM_EPSILON)
+
+
+def stream_norm(config: PriorConfig) -> nn.Module:
+    """What a block does to the stream before it looks at it."""
+    return nn.LayerNorm(config.d_model, eps=NORM_EPSILON) if config.norm == "layer" else rms_norm(config.d_model)
+
 
 class Attention(nn.Module):
     def __init__(self, config: PriorConfig):
@@ -83,10 +129,17 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
+        if config.qk_norm:  # a gain is shared by the heads
+            self.query_norm, self.key_norm = (rms_norm(config.d_model // config.n_head) for _ in range(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> queries, keys, values, each (B, H, T, E)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if self.query_norm is not None and self.key_norm is not None:
+            # In 32 bits, as all norms are; what they are multiplied with may have 16.
+            q, k = self.query_norm(q.float()).to(v.dtype), self.key_norm(k.float()).to(v.dtype)
         return q, k, v
 
     def merge(self, x: Tensor) -> Tensor:
@@ -98,14 +151,15 @@ class Block(nn.Module):
 
     def __init__(self, config: PriorConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention_norm = stream_norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.d_model)
-        self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model)
-        self.mlp_out = nn.Linear(4 * config.d_model, config.d_model)
+        self.mlp_norm = stream_norm(config)
+        self.mlp_in = nn.Linear(config.d_model, config.hidden_inputs)
+        self.activation = MLPS[config.mlp]
+        self.mlp_out = nn.Linear(config.hidden, config.d_model)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        return self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +296,7 @@ class Prior(nn.Module):
         self.column_embedding = nn.Embedding(shape.grid, d)
         layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.blocks: Sequence[Block] = layers  # type: ignore[assignment]
-        self.norm = nn.LayerNorm(d)
+        self.norm = stream_norm(config)
         self.text_head = nn.Linear(d, shape.text_vocab_size + 1)
         self.image_head = nn.Linear(d, shape.codebook_size)
         self.code_inputs: CodeVectors | None = None
@@ -262,6 +316,8 @@ class Prior(nn.Module):
             mask = stream_mask(pattern, shape.text_length, shape.grid)
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
         self._initialise()
+        if config.tied:
+            self.image_head.weight = None  # type: ignore[assignment]  # see `_code_tables`
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -275,6 +331,8 @@ class Prior(nn.Module):
             nn.init.zeros_(block.mlp_out.weight)
         nn.init.zeros_(self.text_head.weight)
         nn.init.zeros_(self.image_head.weight)
+        if self.config.tied:
+            nn.init.normal_(self.image_embedding.weight, std=0.02)  # as a head it should say little at first
         if self.code_inputs is None or self.code_outputs is None:
             return
         nn.init.normal_(self.image_embedding.weight, std=0.02)  # what a code has for itself starts small
@@ -287,6 +345,11 @@ class Prior(nn.Module):
     def is_hidden_matrix(self, name: str) -> bool:
         """Whether the named parameter's step size shrinks with the width, and whether weight decay applies."""
         return name.endswith("weight") and "norm" not in name and "embedding" not in name and "position" not in name
+
+    def matrices_in(self, name: str) -> int:
+        """How many matrices the named weight of a block is, one above the other: each does something else."""
+        stacked = {"qkv.weight": 3, "mlp_in.weight": 1 if self.config.mlp == "gelu" else 2}
+        return next((count for end, count in stacked.items() if name.endswith(end)), 1)
 
     # Training: the whole stream at once.
 
@@ -326,17 +389,20 @@ class Prior(nn.Module):
 
     def _code_tables(self) -> tuple[Tensor, Tensor]:
         """The vectors that image tokens come in as, and those that their logits are products with, (K, D) each."""
-        inputs, outputs = self.image_embedding.weight, self.image_head.weight
+        inputs = self.image_embedding.weight
+        if self.config.tied:  # the scale makes an update move the logits alike at every width
+            return inputs, inputs * (BASE_WIDTH / self.config.d_model)
+        outputs = self.image_head.weight
         if self.code_inputs is None or self.code_outputs is None:
             return inputs, outputs
         return inputs + self.code_inputs(), outputs + self.code_outputs()
 
     def folded(self) -> "Prior":
-        """The same model with its codes' vectors written out, which is what draws; itself where nothing is to fold.
+        """The same model with its codes' vectors written out, in and out, which is what draws; itself where they are.
 
         It has the other weights in common with this one.
         """
-        if not self.config.code_features:
+        if not (self.config.code_features or self.config.tied):
             return self
         shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.parameters()}
         plain = copy.deepcopy(self, {**shared, **{id(b): b for b in self.buffers()}})
@@ -345,7 +411,7 @@ class Prior(nn.Module):
         plain.image_embedding.weight = nn.Parameter(inputs, requires_grad=False)
         plain.image_head.weight = nn.Parameter(outputs, requires_grad=False)
         plain.code_inputs = plain.code_outputs = None
-        plain.config = replace(self.config, code_features=0)
+        plain.config = self.config.folded()
         return plain
 
     # Drawing: the caption once, then token by token.
@@ -354,11 +420,11 @@ class Prior(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.image_head.weight.device
+        return self.image_embedding.weight.device
 
     def prefill(self, text_tokens: Tensor) -> PromptCache:
         """Read captions (B, T); `logits` (B, K) are those of the first image token. Needs a `folded` model."""
-        assert not self.config.code_features
+        assert self.config == self.config.folded()
         x = self._embed_text(text_tokens)
         keys, values = [], []
         for block in self.blocks:

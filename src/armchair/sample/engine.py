@@ -14,6 +14,7 @@ One token needs each weight once and little else, so drawing a few pictures is b
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,16 +26,20 @@ from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, turned
 from armchair.prior.sequence import StreamShape, text_input_ids
-from armchair.prior.transformer import Prior, PromptCache, cell_positions, stream_angles
+from armchair.prior.transformer import MLPS, NORM_EPSILON, Prior, PromptCache, cell_positions, stream_angles
 from armchair.sample.weights import INT8_MOST, DrawingWeights, drawing_weights, in_eight_bits, whole_numbers
 
 WEIGHTS = ("fp32", "bf16", "int8")
 BLOCKED_FROM = 2**20  # weights of a matrix
+TRIED_BYTES = 2**23  # of matrices of a size when it is timed, more than a core's own cache holds
+TRIES = 3
 ZERO = 128  # of eight bits without a sign
 NO_SHIFT = torch.zeros(1, dtype=torch.int64)  # eight bits with a sign have their zero at 0
 ATTENTION_ROWS = 8  # whose keys and values are written out in 32 bits together
+SHARED_OUT = 2**15  # numbers from which PyTorch's threads each take a part of one operation
 
 Product = Callable[[Tensor], Tensor]  # (R, in) -> (R, out), float32
+Rows = Callable[[Tensor], Tensor]  # of rows each by itself, (R, in) -> (R, in), or (R, 2 in) -> (R, in)
 
 
 @functools.cache
@@ -57,6 +62,36 @@ def blocked_products() -> bool:
     except (AttributeError, NotImplementedError, RuntimeError):  # not built in, or not for this processor
         return False
     return torch.equal(found, exact.float())
+
+
+@functools.cache
+def blocked_when_alone(outputs: int, inputs: int) -> bool:
+    """Whether `blocked_product` is the quicker one for a single row, too, timed once for each size of a matrix.
+
+    It is on some processors and not on others. The bits are the same either way.
+    """
+    if not blocked_products():
+        return False
+    many = [torch.zeros(outputs, inputs, dtype=torch.int8) for _ in range(max(1, TRIED_BYTES // (outputs * inputs)))]
+    laid_out = [blocked(codes) for codes in many]
+    signed, step = torch.zeros(1, inputs, dtype=torch.int8), torch.ones(outputs)
+    unsigned = signed.to(torch.uint8)
+
+    def plain() -> None:  # one matrix after the other, as a picture needs them, so that none waits in the cache
+        for codes in many:
+            torch._int_mm(signed, codes.T) * step
+
+    def by_blocks() -> None:
+        for blocks in laid_out:
+            blocked_product(unsigned, blocks, step)
+
+    return min(map(_seconds, [by_blocks] * TRIES)) < min(map(_seconds, [plain] * TRIES))
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def _ends_of_the_range() -> tuple[Tensor, Tensor, Tensor]:
@@ -103,19 +138,26 @@ class Int8Product:
         self.narrow = codes.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
         self.codes = F.pad(codes, (0, 1)) if self.narrow else codes
         self.step, self.bias = step, bias
-        self.laid_out: Tensor | None = None  # the same for several rows, where that is quicker
+        self.laid_out: Tensor | None = None  # the same as `blocked_product` has it, where that is quicker
 
     def __call__(self, x: Tensor) -> Tensor:
         whole, step = whole_numbers(x)
         if self.narrow:
             whole = F.pad(whole, (0, 1))
-        if len(x) > 1 and self.codes.numel() >= BLOCKED_FROM and blocked_products():
+        if self._by_blocks(len(x)):
             if self.laid_out is None:
                 self.laid_out = blocked(self.codes)
             product = blocked_product(whole.add_(ZERO).to(torch.uint8), self.laid_out, self.step)
         else:
             product = torch._int_mm(whole.to(torch.int8), self.codes.T) * self.step
         return torch.addcmul(self.bias, product, step)
+
+    def _by_blocks(self, rows: int) -> bool:
+        """A small matrix takes longer by blocks, as they have more to prepare; of a large one it is a gain with several
+        rows."""
+        if self.codes.numel() < BLOCKED_FROM:
+            return False
+        return blocked_products() if rows > 1 else blocked_when_alone(*self.codes.shape)
 
 
 def blocked(codes: Tensor) -> Tensor:
@@ -134,13 +176,34 @@ def blocked_product(x: Tensor, blocks: Tensor, step: Tensor) -> Tensor:
     )
 
 
-class Layer(NamedTuple):
-    """One block, packed. Norms are (gain, bias)."""
+def norm_of_rows(gain: Tensor, bias: Tensor | None) -> Rows:
+    """LayerNorm, or the root mean square's where there is no bias."""
+    if bias is None:
+        return lambda x: F.rms_norm(x, gain.shape, gain, NORM_EPSILON)
+    return lambda x: F.layer_norm(x, gain.shape, gain, bias, NORM_EPSILON)
 
-    attention_norm: tuple[Tensor, Tensor]
+
+def gated_rows(x: Tensor) -> Tensor:
+    """`swiglu` of rows (R, 2H), by so few at a time that no thread begins within a row.
+
+    The last few numbers of a thread's part are computed otherwise than those before, and can differ in their last bit:
+    a row would depend on how many there are. GELU is a kernel of its own, which does not.
+    """
+    few = max(1, 2 * (SHARED_OUT - 1) // x.shape[1])
+    return MLPS["swiglu"](x) if len(x) <= few else torch.cat([MLPS["swiglu"](part) for part in x.split(few)])
+
+
+ACTIVATIONS = {**MLPS, "swiglu": gated_rows}
+
+
+class Layer(NamedTuple):
+    """One block, packed. head_gains, (2, 1, E): what queries, with their scale, and keys are normalised to, if so."""
+
+    attention_norm: Rows
     qkv: Product
+    head_gains: Tensor | None
     out: Product
-    mlp_norm: tuple[Tensor, Tensor]
+    mlp_norm: Rows
     mlp_in: Product
     mlp_out: Product
 
@@ -163,13 +226,20 @@ class Engine:
         def packed(name: str) -> Product:
             return pack(tensors[f"{name}.weight"], tensors[f"{name}.bias"], weights, tensors.get(f"{name}.step"))
 
-        def norm(name: str) -> tuple[Tensor, Tensor]:
-            return tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
+        def norm(name: str) -> Rows:
+            bias = tensors.get(f"{name}.bias")
+            return norm_of_rows(tensors[f"{name}.weight"].float(), None if bias is None else bias.float())
+
+        def head_gains(name: str) -> Tensor | None:
+            if not self.config.qk_norm:
+                return None
+            return torch.stack([tensors[f"{name}.{kind}_norm.weight"].float() for kind in ("query", "key")])[:, None]
 
         self.layers = [
             Layer(
                 norm(f"blocks.{i}.attention_norm"),
                 packed(f"blocks.{i}.attention.qkv"),
+                head_gains(f"blocks.{i}.attention"),
                 packed(f"blocks.{i}.attention.out"),
                 norm(f"blocks.{i}.mlp_norm"),
                 packed(f"blocks.{i}.mlp_in"),
@@ -178,6 +248,7 @@ class Engine:
             for i in range(self.config.n_layer)
         ]
         self.norm, self.head = norm("norm"), packed("image_head")
+        self.activation: Rows = ACTIVATIONS[self.config.mlp]
         # Tables may have 16 bits, and lie in a mapped file: of what is looked up, the sum with its position has 32.
         self.text_embedding, self.code_embedding = tensors["text_embedding.weight"], tensors["image_embedding.weight"]
         self.text_position = tensors["text_position.weight"].float()
@@ -269,16 +340,18 @@ class Engine:
 
     def _heads(self, layer: Layer, x: Tensor) -> Tensor:
         """Queries (scaled), keys and values, (R, 3, H, E)."""
-        h = F.layer_norm(x, x.shape[1:], *layer.attention_norm)
-        return layer.qkv(h).view(len(x), 3, self.config.n_head, -1)
+        heads = layer.qkv(layer.attention_norm(x)).view(len(x), 3, self.config.n_head, -1)
+        if layer.head_gains is not None:
+            normed = F.rms_norm(heads[:, :2], heads.shape[3:], None, NORM_EPSILON)
+            heads[:, :2] = normed.mul_(layer.head_gains)
+        return heads
 
     def _after_attention(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer.out(attended)
-        h = F.layer_norm(x, x.shape[1:], *layer.mlp_norm)
-        return x + layer.mlp_out(F.gelu(layer.mlp_in(h)))
+        return x + layer.mlp_out(self.activation(layer.mlp_in(layer.mlp_norm(x))))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head(F.layer_norm(x, x.shape[1:], *self.norm))
+        return self.head(self.norm(x))
 
     @torch.inference_mode()
     def _rows_are_independent(self) -> bool:

@@ -61,10 +61,12 @@ def exported(bundle: Bundle) -> Exported | None:
 class DrawingWeights:
     """Tensors by the names that they have in a folded `Prior`; queries have their scale, 1 / sqrt(D / H), in them.
 
+    Where queries are normalised, it is their gain that has it.
+
     A matrix in eight bits is whole numbers, int8 (out, in), and has its step beside it, `NAME.step`, float32 (out,).
     """
 
-    config: PriorConfig  # its code_features are folded in: 0
+    config: PriorConfig  # folded
     shape: StreamShape
     tensors: Mapping[str, Tensor]
 
@@ -96,7 +98,7 @@ def read_rounded(tensors: Mapping[str, Tensor], config: PriorConfig, shape: Stre
 
     Raises RequestError for a tensor that is missing, left over, or of another shape or type.
     """
-    config = replace(config, code_features=0)
+    config = config.folded()
     expected = _sizes(config, shape)
     whole = {f"{name}.weight" for name in matrices(config)}
     expected |= {f"{name}.step": expected[f"{name}.bias"] for name in matrices(config)}
@@ -126,14 +128,17 @@ def prior_of(weights: DrawingWeights) -> Prior:
 
 
 def _scaled(tensors: Mapping[str, Tensor], config: PriorConfig, scale: float) -> dict[str, Tensor]:
-    """The same with the queries, which are the first third of what qkv gives, times `scale`."""
+    """The same with the queries times `scale`: a third of what qkv gives, or the gain that they are normalised to."""
     factors = torch.ones(3 * config.d_model)
     factors[: config.d_model] = scale
     found = dict(tensors)
     for i in range(config.n_layer):
-        qkv = f"blocks.{i}.attention.qkv"
-        found[f"{qkv}.weight"] = found[f"{qkv}.weight"] * factors[:, None]
-        found[f"{qkv}.bias"] = found[f"{qkv}.bias"] * factors
+        attention = f"blocks.{i}.attention"
+        if config.qk_norm:
+            found[f"{attention}.query_norm.weight"] = found[f"{attention}.query_norm.weight"] * scale
+            continue
+        found[f"{attention}.qkv.weight"] = found[f"{attention}.qkv.weight"] * factors[:, None]
+        found[f"{attention}.qkv.bias"] = found[f"{attention}.qkv.bias"] * factors
     return found
 
 
@@ -144,11 +149,15 @@ def _sizes(config: PriorConfig, shape: StreamShape) -> dict[str, tuple[int, ...]
     tables |= {"image_embedding": shape.codebook_size, "row_embedding": shape.grid, "column_embedding": shape.grid}
     sizes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, d) for name, rows in tables.items()}
     linear, norms = {"text_head": (texts + 1, d), "image_head": (shape.codebook_size, d)}, ["norm"]
+    gains: dict[str, tuple[int, ...]] = {}
     for i in range(config.n_layer):
         block = f"blocks.{i}"
         linear |= {f"{block}.attention.qkv": (3 * d, d), f"{block}.attention.out": (d, d)}
-        linear |= {f"{block}.mlp_in": (4 * d, d), f"{block}.mlp_out": (d, 4 * d)}
+        linear |= {f"{block}.mlp_in": (config.hidden_inputs, d), f"{block}.mlp_out": (d, config.hidden)}
         norms += [f"{block}.attention_norm", f"{block}.mlp_norm"]
+        if config.qk_norm:
+            gains |= {f"{block}.attention.{name}_norm.weight": (d // config.n_head,) for name in ("query", "key")}
     for name, size in linear.items():
         sizes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
-    return sizes | {f"{name}.{part}": (d,) for name in norms for part in ("weight", "bias")}
+    parts = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return sizes | gains | {f"{name}.{part}": (d,) for name in norms for part in parts}

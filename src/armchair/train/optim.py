@@ -11,7 +11,7 @@ from armchair.image.dvae import DVAE
 from armchair.prior.transformer import BASE_WIDTH, Prior
 from armchair.runtime import compute_type
 from armchair.train.muon import MuonAdamW
-from armchair.train.recipe import FitConfig, ImageTokenizerTraining
+from armchair.train.recipe import FitConfig, ImageTokenizerTraining, PriorTraining
 
 # Step size of the codes' vectors, as a share of the recipe's, where `code_features` computes them. A weight of
 # `CodeVectors` moves every code's vector at once: at a scale of 1 a shapes prior had 76 bits a picture after 400
@@ -30,6 +30,7 @@ def make_optimizer(model: nn.Module, config: FitConfig, device: torch.device) ->
             config.weight_decay,
             config.encoder_scale if isinstance(config, ImageTokenizerTraining) else 1.0,
             None if config.matrix_lr is None else config.matrix_lr / config.lr,
+            config.lr_width if isinstance(config, PriorTraining) else BASE_WIDTH,
         ),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -48,23 +49,35 @@ class _Kind(NamedTuple):
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, encoder_scale: float = 1.0, matrix_scale: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    encoder_scale: float = 1.0,
+    matrix_scale: float | None = None,
+    lr_width: int = BASE_WIDTH,
 ) -> list[dict[str, Any]]:
     """Groups for `MuonAdamW`: weight decay on matrices only, never on gains, biases or embeddings (paper, section 2.4).
 
-    Under AdamW a prior's hidden matrices carry `lr_scale` 256 / D, so that one step size serves every width (see the
-    table in `armchair.prior.transformer`); where it has `code_features`, the codes' vectors carry CODE_VECTORS_SCALE.
+    Under AdamW a prior's hidden matrices carry `lr_scale` `lr_width` / D, so that one step size, stated at that width,
+    serves every width (see the table in `armchair.prior.transformer`); where it has `code_features`, the codes' vectors
+    carry CODE_VECTORS_SCALE.
     The encoder of a dVAE, its logits included, carries `encoder_scale`.
     With `matrix_scale`, Muon moves the matrices within the blocks and the convolutions, at that share of the step size.
     """
     groups: dict[_Kind, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        groups.setdefault(_kind(model, name, p, weight_decay, encoder_scale, matrix_scale), []).append(p)
+        kind = _kind(model, name, p, weight_decay, encoder_scale, matrix_scale, lr_width)
+        groups.setdefault(kind, []).append(p)
     return [{"params": groups[kind], **kind._asdict()} for kind in sorted(groups, reverse=True)]  # decayed first
 
 
 def _kind(
-    model: nn.Module, name: str, p: nn.Parameter, decay: float, encoder_scale: float, matrix_scale: float | None
+    model: nn.Module,
+    name: str,
+    p: nn.Parameter,
+    decay: float,
+    encoder_scale: float,
+    matrix_scale: float | None,
+    lr_width: int,
 ) -> _Kind:
     if isinstance(model, Prior):
         own = ("image_embedding.weight", "image_head.weight")
@@ -73,8 +86,8 @@ def _kind(
         if not model.is_hidden_matrix(name):
             return _Kind(0.0, 1.0)
         if matrix_scale is not None and name.startswith("blocks."):
-            return _Kind(decay, matrix_scale, 3 if name.endswith("qkv.weight") else 1)
-        return _Kind(decay, BASE_WIDTH / model.config.d_model)
+            return _Kind(decay, matrix_scale, model.matrices_in(name))
+        return _Kind(decay, lr_width / model.config.d_model)
     if isinstance(model, CLIP):
         if matrix_scale is not None and model.is_hidden_matrix(name):
             return _Kind(decay, matrix_scale, 3 if name.endswith("qkv.weight") else 1)

@@ -77,14 +77,14 @@ class PriorStage:
         return torch.from_numpy(tokens), codes
 
     def parts(self, batch: Any, count: int) -> list[Any]:
-        device = self.model.image_head.weight.device
-        text, codes = batch
-        return list(zip(text.to(device).chunk(count), codes.to(device).chunk(count), strict=True))
+        text, codes = (x.to(self.model.device).chunk(count) for x in batch)
+        return list(zip(text, codes, strict=True))
 
     def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         text, codes = batch
         text_logits, image_logits = self.model(text, codes, self._dropout(step, part, codes.device))
-        loss = stream_loss(text_logits, image_logits, text, codes, self.config.text_weight)
+        weight, smoothing = self.config.text_weight, self.config.label_smoothing
+        loss = stream_loss(text_logits, image_logits, text, codes, weight, smoothing)
         return loss.loss, _figures(loss.text.detach(), loss.image.detach())
 
     def _dropout(self, step: int, part: int, device: torch.device) -> Dropout | None:
@@ -102,8 +102,8 @@ class PriorStage:
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:
-        """Cross-entropies on held-out pairs, whole captions, no dropout."""
-        device = model.image_head.weight.device
+        """Cross-entropies on held-out pairs, whole captions, neither dropout nor smoothing."""
+        device = model.device
         count = min(len(self.validation), 512)
         sums = np.zeros(3)
         for start in range(0, count, 64):

@@ -11,7 +11,7 @@ from armchair.config import check_name, from_dict, merged, with_overrides
 from armchair.data.sources import DataConfig
 from armchair.errors import RequestError
 from armchair.image.dvae import DVAEConfig
-from armchair.prior.transformer import PriorConfig
+from armchair.prior.transformer import BASE_WIDTH, PriorConfig
 
 SCHEDULES = ("cosine", "constant", "plateau")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -134,6 +134,8 @@ class PriorTraining(FitConfig):
     dropout: float = 0.0  # share of what a block adds that is left out, against learning few pictures by heart
     code_dropout: float = 0.0  # share of codes that those after them do not see, so that more is left to the caption
     code_noise: float = 0.0  # share of codes that those after them see as another that looks like it
+    label_smoothing: float = 0.0  # share of a code's target that goes to all codes alike
+    lr_width: int = BASE_WIDTH  # the width at which `lr` is stated
     views: int = 1  # times each image is encoded: once as it is, the rest with random crops
     beta2: float = 0.96
     weight_decay: float = 4.5e-2
@@ -143,7 +145,9 @@ class PriorTraining(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dropout", "code_dropout", "code_noise"):
+        if self.lr_width < 1:
+            raise RequestError(f"lr_width: expected at least 1, got {self.lr_width}")
+        for name in ("dropout", "code_dropout", "code_noise", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
 
