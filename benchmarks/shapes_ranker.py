@@ -6,34 +6,44 @@
 - retrieval: a rendered scene's own prompt among 100 prompts of other scenes that are false of it (those that happen to
   be true of it too are passed over): share that comes first, among the first 5, among the first 10.
 - swapped: a scene with two objects against its prompt with two words of a kind swapped (colours, forms, sizes or
-  fills): share of pairs in which the true one scores higher; `turned`: the relation made its opposite.
+  fills): share of pairs in which the true one has the higher cosine; `turned`: the relation made its opposite.
+- mirrored: a prompt with a relation against two pictures, its scene and the same with objects where their mirror images
+  are, so that the relation is its opposite: share of pairs in which the true one has the higher cosine.
+- where the ranker has a captioner, `told_by_captioner` and `told_by_score` are the shares by what the captioner says of
+  how likely the prompt is, and by the score, which counts both. Retrieval is by the cosine alone.
 - best of N: share of prompts whose picture is right as a whole, where it is the ranker's first of N candidates; `any`
-  is the share of prompts for which at least one of the N is right, which no ranker can exceed.
+  is the share of prompts for which at least one of the N is right, which no ranker can exceed. `--weights`: also where
+  the parts of a score weigh otherwise, from the same pictures.
 
 Intervals are 95 % (Wilson).
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from armchair.clip.contrast import retrieval_ranks
 from armchair.clip.negatives import NearMisses
-from armchair.sample.pipeline import Artist, load_artist
+from armchair.sample.pipeline import Artist, Drawing, load_artist
 from armchair.sample.ranker import Ranker
 from armchair.shapes.accuracy import judge, judge_scene, wilson
 from armchair.shapes.captions import prompts
-from armchair.shapes.world import COLOURS, COUNTS, FILLS, FORMS, SIZES, render, scene
+from armchair.shapes.world import CANVAS, COLOURS, CONVERSE, COUNTS, FILLS, FORMS, SIZES, Scene, render, scene
 
 SPLITS = ("val", "held-form-colour", "held-relation-form", "held-count")
 ATTRIBUTES = NearMisses([FORMS, tuple(COLOURS), SIZES, FILLS])
 SIDES = NearMisses([("left of", "right of"), ("above", "below")])
 DISTRACTORS = 100
+PARTS = ("cosine", "caption_weight", "naturalness")
+CAPTION_WEIGHTS, NATURALNESS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 0.3, 1.0, 3.0)  # of `--weights`
 DRAWING = ("temperature", "min_p", "guidance", "naturalness")
 
 
@@ -50,21 +60,66 @@ def retrieval(ranker: Ranker, split: str, count: int) -> dict:
 
 def swapped(ranker: Ranker, split: str, count: int, misses: NearMisses, every: bool) -> dict:
     """Of scenes with two objects; `every`: all swaps of a prompt, else the exchanges."""
-    true, false, of = [], [], []
+    true, false = [], []
     for i, prompt in enumerate(prompts(count, split=split, objects=2)):
         for text in misses.swaps(prompt.text) if every else misses.exchanges(prompt.text):
-            true.append(prompt.text)
-            false.append(text)
-            of.append(i)
-    shown = ranker.embed_images([Image.fromarray(render(scene(i, split=split, objects=2))) for i in range(count)])
-    right, wrong = ranker.embed_texts(true), ranker.embed_texts(false)
-    told = (shown[of] * right).sum(1) > (shown[of] * wrong).sum(1)
-    return {"pairs": len(told), "told": share(int(told.sum()), len(told))}
+            true.append((i, prompt.text))
+            false.append((i, text))
+    return preferred(ranker, [render(scene(i, split=split, objects=2)) for i in range(count)], true, false)
 
 
-def best_of(artist: Artist, split: str, objects: int, count: int, most: int, settings: dict) -> dict:
+def mirrored(ranker: Ranker, split: str, count: int) -> dict:
+    """Of scenes with two objects side by side or one above the other."""
+    images, true, false = [], [], []
+    for i, prompt in enumerate(prompts(count, split=split, objects=2)):
+        shown = scene(i, split=split, objects=2)
+        if shown.relations[0] in CONVERSE:
+            true.append((len(images), prompt.text))
+            false.append((len(images) + 1, prompt.text))
+            images += [render(shown), render(mirror(shown))]
+    return preferred(ranker, images, true, false)
+
+
+def mirror(shown: Scene) -> Scene:
+    """Two objects where their mirror images are, along the line of their relation."""
+    (relation,) = shown.relations
+    axis = "x" if relation in ("left of", "right of") else "y"
+    objects = tuple(replace(o, **{axis: CANVAS - getattr(o, axis)}) for o in shown.objects)
+    return replace(shown, objects=objects, relations=(CONVERSE[relation],))
+
+
+def preferred(
+    ranker: Ranker, images: list[np.ndarray], true: list[tuple[int, str]], false: list[tuple[int, str]]
+) -> dict:
+    """How often each of `true`, a picture's number and a text, is preferred to the one of `false` that stands there."""
+    pictures = [Image.fromarray(image) for image in images]
+    shown = ranker.embed_images(pictures)
+
+    def split(pairs: list[tuple[int, str]]) -> tuple[list[int], list[str]]:
+        return [i for i, _ in pairs], [text for _, text in pairs]
+
+    def cosines(pairs: list[tuple[int, str]]) -> torch.Tensor:
+        of, texts = split(pairs)
+        return (shown[of] * ranker.embed_texts(texts)).sum(1)
+
+    def said(pairs: list[tuple[int, str]]) -> torch.Tensor:
+        of, texts = split(pairs)
+        return torch.tensor(ranker.caption_log_probs(states[of], texts))
+
+    gains = {"told": cosines(true) - cosines(false)}
+    if ranker.model.captioner is not None:
+        states = ranker.image_states(pictures)
+        gains["told_by_captioner"] = said(true) - said(false)
+        gains["told_by_score"] = gains["told"] + ranker.caption_weight * gains["told_by_captioner"]
+    return {"pairs": len(true), **{name: share(int((gain > 0).sum()), len(true)) for name, gain in gains.items()}}
+
+
+def best_of(
+    artist: Artist, split: str, objects: int, count: int, most: int, settings: dict, weights: bool = False
+) -> dict:
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= most]
     right, possible = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    of_each: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, prompt in enumerate(prompts(count, split=split, objects=objects)):
         drawing = artist.draw(prompt.text, candidates=most, seed=i, **settings)
         whole = {c: judge(prompt, image).whole for c, image in zip(drawing.candidates, drawing.images, strict=True)}
@@ -72,11 +127,35 @@ def best_of(artist: Artist, split: str, objects: int, count: int, most: int, set
             among = [c for c in drawing.candidates if c < n]  # best first
             right[n] += whole[among[0]]
             possible[n] += any(whole[c] for c in among)
-    return {
+        if weights:
+            of_each.append((parts(artist, drawing), torch.tensor([whole[c] for c in drawing.candidates])))
+    found: dict = {
         "prompts": count,
         **{f"best_of_{n}": share(right[n], count) for n in sizes},
         **{f"any_of_{n}": share(possible[n], count) for n in sizes},
     }
+    if weights:
+        grid = itertools.product((1.0, 0.0), CAPTION_WEIGHTS, NATURALNESS)
+        found["weights"] = [
+            {**dict(zip(PARTS, row, strict=True)), f"best_of_{most}": chosen(of_each, row)} for row in grid if any(row)
+        ]
+    return found
+
+
+def parts(artist: Artist, drawing: Drawing) -> torch.Tensor:
+    """What a score is made of, for each picture (n, 3): cosine, log2 p of caption a token, and of picture a code."""
+    ranker = artist.ranker
+    assert ranker is not None
+    cosines = ranker.embed_images(drawing.images) @ ranker.embed_texts([drawing.prompt])[0]
+    said = [0.0] * len(cosines)
+    if ranker.model.captioner is not None:
+        said = ranker.caption_log_probs(ranker.image_states(drawing.images), [drawing.prompt] * len(cosines))
+    return torch.stack([cosines, torch.tensor(said), torch.tensor(artist.likelihoods(drawing.codes))], 1)
+
+
+def chosen(of_each: list[tuple[torch.Tensor, torch.Tensor]], weights: tuple[float, ...]) -> float:
+    """The share of prompts whose picture is right, where it is the first by the parts of its score so weighted."""
+    return sum(bool(whole[(parts @ torch.tensor(weights)).argmax()]) for parts, whole in of_each) / len(of_each)
 
 
 def share(right: int, number: int) -> dict:
@@ -84,13 +163,15 @@ def share(right: int, number: int) -> dict:
 
 
 def told(name: str, result: dict, seconds: float) -> None:
-    parts = [f"{k} {v}" for k, v in result.items() if not isinstance(v, dict)]
-    parts += [
+    said = [f"{k} {v}" for k, v in result.items() if not isinstance(v, (dict, list))]
+    said += [
         "{} {:.3f} [{:.3f}, {:.3f}]".format(k, v["share"], *v["interval"])
         for k, v in result.items()
         if isinstance(v, dict)
     ]
-    print(f"{name:<34} {'  '.join(parts)}  {seconds:.0f} s", flush=True)
+    print(f"{name:<34} {'  '.join(said)}  {seconds:.0f} s", flush=True)
+    for row in result.get("weights", ()):
+        print(" " * 34, "  ".join(f"{k} {v:.3g}" for k, v in row.items()), flush=True)
 
 
 def main() -> None:
@@ -101,6 +182,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
     for name in DRAWING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")
+    parser.add_argument("--caption-weight", type=float, help="beside the cosine; else the bundle's own")
+    parser.add_argument("--weights", action="store_true", help="best of N for other weights of a score's parts, too")
     parser.add_argument("--best-of-only", action="store_true", help="leave retrieval and swaps out")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT", help="these alone")
     parser.add_argument("--json", type=Path)
@@ -108,12 +191,17 @@ def main() -> None:
     artist = load_artist(args.model)
     if (ranker := artist.ranker) is None:
         parser.error(f"{args.model} has no ranker")
+    if args.caption_weight is not None:
+        if ranker.model.captioner is None:
+            parser.error(f"--caption-weight: the ranker of {args.model} has no captioner")
+        ranker.caption_weight = args.caption_weight
     settings = {name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None}
     jobs: dict = {f"retrieval {s}": lambda s=s: retrieval(ranker, s, args.pictures) for s in args.splits}
     for split in args.splits:
         if 2 in COUNTS[split]:
             jobs[f"swapped {split}"] = lambda s=split: swapped(ranker, s, args.pictures, ATTRIBUTES, True)
             jobs[f"turned {split}"] = lambda s=split: swapped(ranker, s, args.pictures, SIDES, False)
+            jobs[f"mirrored {split}"] = lambda s=split: mirrored(ranker, s, args.pictures)
     if args.best_of_only:
         jobs.clear()
     if args.prompts:
@@ -121,9 +209,9 @@ def main() -> None:
             if split not in args.splits:
                 continue
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
-                artist, s, o, args.prompts, args.most, settings
+                artist, s, o, args.prompts, args.most, settings, args.weights
             )
-    results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings}
+    results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings, "caption_weight": ranker.caption_weight}
     for name, job in jobs.items():
         began = time.time()
         results[name] = job()

@@ -61,18 +61,21 @@ def write_tiny_bundle(
     seed: int = 0,
     *,
     ranked: bool = False,
+    captioned: bool = False,
     resolution: int = 16,
     options: Mapping[str, Any] = MappingProxyType({}),
     **changes: Any,
 ) -> Path:
-    """A bundle of random weights at `out`, with a ranker if `ranked`.
+    """A bundle of random weights at `out`, with a ranker if `ranked`, which captions too if `captioned`.
 
     `options`: of its prior, as in `tiny.OPTIONS`; `changes` replace fields of its info.
     """
     fields = tiny_recipe_dict(resolution)
     fields["prior"] |= {**options, **({"code_features": 0} if options.get("tied") else {})}
+    captioner = tiny.CAPTIONER if captioned else None
     if ranked:
-        fields |= {"ranker": to_dict(tiny.clip_config()), "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
+        sizes = to_dict(tiny.clip_config(captioner=captioner))
+        fields |= {"ranker": sizes, "ranker_training": {"steps": 2, "batch_size": 4, "lr": 1e-3}}
     recipe = from_dict(Recipe, fields)
     text_tokenizer = TextTokenizer.train([p.text for p in prompts(50)], recipe.text_tokenizer.vocab_size)
     image_tokenizer = tiny.dvae(seed, **to_dict(recipe.image_tokenizer))
@@ -101,7 +104,8 @@ def write_tiny_bundle(
     }
     if ranked:
         texts = TextShape.of_captions(shape.text_length, shape.text_vocab_size)
-        weights["ranker"] = {k: v.half() for k, v in tiny.clip(seed, shape=texts).state_dict().items()}
+        ranker = tiny.clip(seed, shape=texts, captioner=captioner)
+        weights["ranker"] = {k: v.half() for k, v in ranker.state_dict().items()}
     write_bundle(
         out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
     )

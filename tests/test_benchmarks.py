@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from armchair.cli import main
 from armchair.config import from_dict, to_dict
@@ -16,6 +17,11 @@ from armchair.errors import RequestError
 from armchair.prior.transformer import PriorConfig
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
+from armchair.sample.pipeline import load_artist
+from armchair.shapes.accuracy import judge_scene
+from armchair.shapes.captions import prompts
+from armchair.shapes.reader import read
+from armchair.shapes.world import render, scene
 from armchair.train.recipe import Recipe
 from conftest import write_tiny_bundle
 from train import train_tiny
@@ -72,20 +78,53 @@ def test_bits_are_shared_out_among_ground_first_code_and_rest():
 
 
 def test_the_benchmarks_of_the_shapes_world_run_on_a_bundle(tmp_path, capsys, monkeypatch):
-    bundle, found = write_tiny_bundle(tmp_path / "bundle", ranked=True, resolution=64), tmp_path / "found.json"
+    bundle, found = tmp_path / "bundle", tmp_path / "found.json"
+    write_tiny_bundle(bundle, ranked=True, captioned=True, resolution=64)
 
     def run(name: str, *flags: object) -> str:
         monkeypatch.setattr("sys.argv", [name, str(bundle), *map(str, flags)])
         benchmark(name).main()
         return capsys.readouterr().out
 
-    out = run("shapes_ranker", "--pictures", 12, "--prompts", 2, "--most", 4, "--json", found)
+    out = run("shapes_ranker", "--pictures", 12, "--prompts", 2, "--most", 4, "--weights", "--json", found)
     results = json.loads(found.read_text())
     assert results["retrieval val"]["pictures"] == 12 and "swapped held-form-colour" in out
+    for name in ("swapped val", "turned val", "mirrored held-form-colour"):
+        result = results[name]
+        assert {"told", "told_by_captioner", "told_by_score"} < result.keys() and result["pairs"] > 0
+    run("shapes_ranker", "--pictures", 12, "--prompts", 0, "--splits", "val", "--caption-weight", 0, "--json", found)
+    weightless = json.loads(found.read_text())["turned val"]
+    assert weightless["told_by_score"] == weightless["told"] == results["turned val"]["told"]
     best = results["best of N val 2"]
     assert best["best_of_1"] == best["any_of_1"] and best["best_of_4"]["share"] <= best["any_of_4"]["share"]
+    own = {"caption_weight": 1.0, "naturalness": 0.0, "cosine": 1.0}  # not those that the tiny bundle ranks by
+    (row,) = [row for row in best["weights"] if row.items() >= own.items()]
+    assert 0 <= row["best_of_4"] <= best["any_of_4"]["share"] and f"caption_weight {1:.3g}" in out
     assert "held-form-colour 1" in run("shapes_bits", "--scenes", 4, "--count", 8)
     assert "held-count" in run("shapes_accuracy", "--prompts", 4)
+
+
+def test_a_mirrored_scene_has_the_opposite_relation():
+    ranking = benchmark("shapes_ranker")
+    for i, prompt in enumerate(prompts(40, objects=2)):
+        shown = scene(i, split="val", objects=2)
+        if shown.relations[0] == "inside":
+            continue
+        turned = ranking.mirror(shown)
+        assert read(render(turned)).relations and judge_scene(prompt, shown).whole
+        verdict = judge_scene(prompt, read(render(turned)))
+        assert verdict.colours and verdict.forms and verdict.relations is False
+
+
+def test_parts_of_a_score_make_the_score(tmp_path):
+    ranking = benchmark("shapes_ranker")
+    artist = load_artist(write_tiny_bundle(tmp_path / "bundle", ranked=True, captioned=True), "cpu")
+    drawing = artist.draw("a red circle", candidates=5, naturalness=2.0)
+    found = ranking.parts(artist, drawing)
+    assert (found @ torch.tensor([1.0, 0.5, 2.0])).tolist() == pytest.approx(drawing.scores, abs=1e-5)
+    right = torch.tensor([False, True, False, False, False])  # the second of them, best first
+    assert ranking.chosen([(found, right)], (1.0, 0.5, 2.0)) == 0.0
+    assert ranking.chosen([(found[[1, 0]], right[[1, 0]]), (found[1:], right[1:])], (1.0, 0.5, 2.0)) == 0.5
 
 
 def test_the_forms_of_the_weights_are_compared(tmp_path, capsys, monkeypatch):

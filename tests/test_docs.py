@@ -125,10 +125,12 @@ def expected() -> dict[str, dict[str, str]]:
             found[f"{f.name} of kind {kind}"] = {name: d for name, d in more.items() if first.get(name) != d}
         own = {}
         for g in dataclasses.fields(config):
-            if dataclasses.is_dataclass(nested := typing.get_type_hints(config)[g.name]):
-                own |= {f"{g.name}.{h.name}": default_of(h) for h in dataclasses.fields(nested)}
-            else:
+            hint = typing.get_type_hints(config)[g.name]
+            nested = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+            if nested is None or g.default is None:  # the whole of it may be left out
                 own[g.name] = default_of(g)
+            if nested is not None:
+                own |= {f"{g.name}.{h.name}": default_of(h) for h in dataclasses.fields(nested)}
         if issubclass(typing.cast(type, config), FitConfig):
             own = {name: default for name, default in own.items() if fit.get(name) != default}
         found[f.name] = own

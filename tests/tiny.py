@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from armchair.clip.captioner import CaptionerConfig
 from armchair.clip.model import CLIP, CLIPConfig, ImageTowerConfig, TextShape, TextTowerConfig
 from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.fsq import FSQ, FSQConfig
@@ -109,13 +110,22 @@ def clip_config(resnet: bool = False, **changes: Any) -> CLIPConfig:
     return CLIPConfig(**{"embed_dim": 12, "image": image, "text": text, **changes})
 
 
+CAPTIONER = CaptionerConfig(width=24, layers=2, heads=3, weight=0.5)
+
+
 def clip(seed: int = 0, resnet: bool = False, shape: TextShape | None = None, **changes: Any) -> CLIP:
+    """Its towers are the same with a captioner and without."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIP(clip_config(resnet, **changes), shape or TextShape(length=6, vocab_size=20)).eval()
         for p in model.parameters():  # zeros and ones too are random
             if p.ndim == 1:
                 p.data += 0.2 * torch.randn_like(p)
+    if model.captioner is not None:
+        model.load_state_dict(clip(seed, resnet, shape, **{**changes, "captioner": None}).state_dict(), strict=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            randomise(model.captioner)
     return model
 
 

@@ -33,8 +33,8 @@ def serving(service: Service, **config: Any) -> Iterator[tuple[Server, str]]:
 
 @pytest.fixture(scope="session")
 def ranked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 x 16 pixels, 4 x 4 codes, random weights, with a ranker."""
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "ranked", ranked=True)
+    """16 x 16 pixels, 4 x 4 codes, random weights, with a ranker that captions."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "ranked", ranked=True, captioned=True)
 
 
 @pytest.fixture(scope="session")

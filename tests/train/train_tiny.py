@@ -38,6 +38,7 @@ RECIPE: dict[str, Any] = {
         "embed_dim": 8,
         "image": {"resolution": 64, "patch": 16, "width": 16, "layers": [1], "heads": 2},
         "text": {"width": 16, "layers": 1, "heads": 2},
+        "captioner": {"layers": 1, "heads": 2},
     },
     "ranker_training": {
         **FIT, "accumulate": 1, "matrix_lr": 0.01, "near_misses": [["red", "blue"], ["circle", "square", "star"]],

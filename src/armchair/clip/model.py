@@ -7,22 +7,18 @@ Legend: B batch, R resolution, S grid side, L text length, D width, E size of th
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armchair.attention import attend
+from armchair.clip.block import ACTIVATIONS, Block
+from armchair.clip.captioner import Captioner, CaptionerConfig
 from armchair.config import check_name
 from armchair.errors import RequestError
 
 MAX_LOGIT_SCALE = 100.0  # the similarity's factor is kept below, as in the paper, so that training stays stable
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # of the released models
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +88,7 @@ class CLIPConfig:
     activation: str = "quick_gelu"
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, as the released models have it
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    captioner: CaptionerConfig | None = None  # none: the cosine alone scores, as in CLIP
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, ["clip"])
@@ -101,6 +98,15 @@ class CLIPConfig:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise RequestError(f"{name}: expected three numbers, got {len(getattr(self, name))}")
+        if self.captioner is None:
+            return
+        if not self.image.is_transformer:
+            raise RequestError(
+                "captioner: it reads the states of a vision transformer, and these are the layers of a ResNet; give "
+                "image.layers one number, or leave the captioner out"
+            )
+        if (width := self.captioner.width_over(self.image.width)) % self.captioner.heads:
+            raise RequestError(f"captioner: width {width} is not a multiple of heads {self.captioner.heads}")
 
 
 @dataclass(frozen=True)
@@ -122,39 +128,6 @@ class TextShape:
     def with_end(self, captions: Tensor) -> Tensor:
         """Captions (B, L - 1) as `of_captions` takes them -> (B, L): a full one has its end too."""
         return F.pad(captions, (0, 1), value=self.end_id)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if q.requires_grad and q.device.type == "cpu":  # in training, where the fused kernel is slow
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
-            a = attend(q, k, v, mask.tril() if causal else mask, causal)
-        else:
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out(a.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int, activation: str):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), causal)
-        return x + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x))))
 
 
 def waves(side: int, width: int) -> Tensor:
@@ -187,12 +160,23 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, R, R) -> (B, E)."""
+        return self.norm(self._stream(pixels)[:, 0]) @ self.projection
+
+    def states(self, pixels: Tensor) -> Tensor:
+        """(B, 3, R, R) -> (B, 1 + S * S, D), the picture's own state first."""
+        return self.norm(self._stream(pixels))
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """What `forward` makes of pixels from their `states`: -> (B, E)."""
+        return states[:, 0].contiguous() @ self.projection
+
+    def _stream(self, pixels: Tensor) -> Tensor:
         x = self.patches(pixels).flatten(2).transpose(1, 2)  # (B, S * S, D)
         token = self.token.to(x.dtype).expand(len(x), 1, -1)
         x = self.input_norm(torch.cat([token, x], 1) + self.position)
         for block in self.blocks:
             x = block(x, causal=False)
-        return self.norm(x[:, 0]) @ self.projection
+        return x
 
 
 class Bottleneck(nn.Module):
@@ -286,6 +270,8 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
+    """The two towers and, where the config has one, a captioner that says what the image tower saw."""
+
     def __init__(self, config: CLIPConfig, shape: TextShape):
         super().__init__()
         c = config
@@ -298,6 +284,15 @@ class CLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.bias = nn.Parameter(torch.tensor(-10.0))  # of the sigmoid loss: few pairs belong together
         self._initialise()
+        self.captioner: Captioner | None = None
+        if c.captioner is not None:  # last, so that the towers start as they would without
+            self.captioner = Captioner(
+                c.captioner,
+                length=shape.length,
+                vocab_size=shape.vocab_size,
+                seen_width=c.image.width,
+                activation=c.activation,
+            )
 
     def _initialise(self) -> None:
         for tower, layers in ((self.image, self.config.image.layers[0]), (self.text, self.config.text.layers)):
@@ -321,13 +316,43 @@ class CLIP(nn.Module):
         """The factor of the similarity, the inverse of a temperature; 100 at most."""
         return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
+    @property
+    def caption_weight(self) -> float:
+        """What a bit a token of log2 p(caption | picture) counts beside the cosine; 0 without a captioner."""
+        return 0.0 if self.config.captioner is None else self.config.captioner.weight
+
     def encode_images(self, images: Tensor) -> Tensor:
         """images: (B, 3, any, any) float in [0, 1] -> (B, E) float32 of length one; other sizes are resized."""
+        return F.normalize(self.image(self._pixels(images)).float(), dim=-1)
+
+    def image_states(self, images: Tensor) -> Tensor:
+        """images: as for `encode_images` -> (B, 1 + S * S, D), the states that a captioner looks at.
+
+        For a vision transformer only. `encode_states` makes of them what `encode_images` makes of the images.
+        """
+        assert isinstance(self.image, VisionTransformer)
+        return self.image.states(self._pixels(images))
+
+    def encode_states(self, states: Tensor) -> Tensor:
+        """states: (B, 1 + S * S, D) of `image_states` -> (B, E) float32 of length one."""
+        assert isinstance(self.image, VisionTransformer)
+        return F.normalize(self.image.of_states(states).float(), dim=-1)
+
+    def caption_log_prob(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """log p(caption | picture), a mean over the caption's tokens and its end, in nats: (B,) float32.
+
+        states: (B, 1 + S * S, D) of `image_states`; tokens: (B, L) int64, an end in each row.
+        """
+        assert self.captioner is not None
+        log_p, counts = self.captioner(states, tokens)
+        return log_p.sum(1) / counts
+
+    def _pixels(self, images: Tensor) -> Tensor:
         size = self.config.image.resolution
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
-        return F.normalize(self.image((images - mean) / std).float(), dim=-1)
+        return (images - mean) / std
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """tokens: (B, L) int64, an end in each row -> (B, E) float32 of length one."""

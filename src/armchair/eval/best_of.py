@@ -22,10 +22,11 @@ def best_of(context: Context) -> Section:
         title="Best of N",
         protocol=(
             f"{context.options['best_of_prompts']} prompts, {most} candidates each; of the first N the one with the "
-            "best score: the ranker's cosine, and what the bundle's `naturalness` adds. FID and IS: of the kept "
-            "pictures, one a prompt, against as many held-out pictures, over the first feature network; with so few "
-            "pictures only their course along N means something. On the shapes world, whether the kept picture is "
-            "right as a whole, and `any`: whether one of the N is, which no ranker can exceed."
+            "best score: the ranker's cosine, and what its captioner, where it has one, and the bundle's `naturalness` "
+            "add. FID and IS: of the kept pictures, one a prompt, against as many held-out pictures, over the first "
+            "feature network; with so few pictures only their course along N means something. On the shapes world, "
+            "whether the kept picture is right as a whole, and `any`: whether one of the N is, which no ranker can "
+            "exceed."
         ),
     )
     if ranker is None:

@@ -6,7 +6,8 @@ import torch
 
 from armchair import __version__
 from armchair.bundle import write_bundle
-from armchair.clip.model import ACTIVATIONS, CLIP
+from armchair.clip.block import ACTIVATIONS
+from armchair.clip.model import CLIP
 from armchair.clip.released import config_of, renamed
 from armchair.clip.weight_file import read_weights
 from armchair.config import check_name, to_dict

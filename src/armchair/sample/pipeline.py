@@ -558,7 +558,7 @@ class Artist:
     ) -> list[float | None]:
         """How good each picture, of codes (n, S, S), is for the prompt of its plan; None where nothing ranks.
 
-        The ranker's cosine, and `naturalness` times what `likelihoods` says. By Bayes' rule a picture is likely for a
+        The ranker's score, and `naturalness` times what `likelihoods` says. By Bayes' rule a picture is likely for a
         caption as the caption is for it, which the ranker stands for, and as it is by itself, which the prior knows
         without a caption (a noisy channel; for captions so in Yee et al., 2019): a ranker has seen well-made pictures
         only, and does not mind what is none.

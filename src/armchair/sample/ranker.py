@@ -1,12 +1,13 @@
 """A ranker for use: CLIP with the text tokenizer that it reads captions through, on PIL images and strings.
 
-Legend: B rows, E size of the shared space, L text length.
+Legend: B rows, E size of the shared space, L text length, M states of a picture, D their width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,20 +36,31 @@ class BundleId:
     fingerprint: str
 
 
+class _Text(NamedTuple):
+    tokens: Tensor  # (1, L)
+    place: Tensor  # (E,), in the shared space
+
+
 class Ranker:
-    """Scores pictures for a prompt (paper, section 2.6; Radford et al., 2021)."""
+    """Scores pictures for a prompt (paper, section 2.6; Radford et al., 2021).
+
+    A score is the cosine, and `caption_weight` times what `caption_log_probs` says: by default as the ranker's config
+    has it, and 0 where there is no captioner.
+    """
 
     def __init__(
         self, model: CLIP, read_texts: Callable[[Sequence[str]], Tensor], *, id: BundleId, device: torch.device
     ):
         self.model, self.id, self.device = model, id, device
+        self.caption_weight = model.caption_weight
         self._read_texts = read_texts
-        self._texts: dict[str, Tensor] = {}  # of `score`, the last ones, where they lie
+        self._texts: dict[str, _Text] = {}  # of `score`, the last ones
 
     def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
-        """Scores of images for a prompt, cosines in [-1, 1], higher is better.
+        """Scores of images for a prompt, higher is better; without a captioner cosines in [-1, 1].
 
-        Images of other sizes are cut square and resized. Raises RequestError for no image, or no prompt.
+        Comparable for one prompt only. Images of other sizes are cut square and resized. Raises RequestError for no
+        image, or no prompt.
         """
         check_prompt(prompt)
         images = several(images)
@@ -58,29 +70,74 @@ class Ranker:
         """`rank` of each image for a prompt of its own.
 
         Scores are taken one by one, as a product's sums depend on its rows. Texts are read one at a time, as a text's
-        sums depend on those beside it, and the last ones are remembered.
+        sums depend on those beside it, and the last ones are remembered; captions of pictures are one at a time too.
         """
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)
             text = self._texts.pop(prompt, None)
-            self._texts[prompt] = self.embed_texts([prompt])[0] if text is None else text
-        pairs = zip(self.embed_images(images), prompts, strict=True)
-        scores = [float(picture @ self._texts[prompt]) for picture, prompt in pairs]
+            self._texts[prompt] = self._read(prompt) if text is None else text
+        texts = [self._texts[prompt] for prompt in prompts]
         while len(self._texts) > TEXTS:
             del self._texts[next(iter(self._texts))]
+        states = self.image_states(images) if self.caption_weight else None
+        pictures = self.embed_images(images) if states is None else self._embed_states(states)
+        scores = [float(picture @ text.place) for picture, text in zip(pictures, texts, strict=True)]
+        if states is not None:
+            said = self._caption_log_probs(states, [text.tokens for text in texts])
+            scores = [score + self.caption_weight * log_p for score, log_p in zip(scores, said, strict=True)]
         return scores
 
     def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Where images lie in the shared space, (B, E) float32 of length one. Raises as `rank`."""
-        size = self.model.config.image.resolution
-        squares = stack([square_of(image, size) for image in several(images)])
         with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.encode_images(x.to(self.device)).cpu(), squares)
+            return in_micro_batches(lambda x: self.model.encode_images(x.to(self.device)).cpu(), self._squares(images))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Where texts lie in the shared space, (B, E) float32 of length one."""
+        return self._embed_tokens(self._read_texts(texts))
+
+    def image_states(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """What a captioner looks at, (B, M, D) float32. Raises as `rank`, and RequestError where there is none."""
+        self._check_captions()
         with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), self._read_texts(texts))
+            return in_micro_batches(lambda x: self.model.image_states(x.to(self.device)).cpu(), self._squares(images))
+
+    def caption_log_probs(self, states: Tensor, texts: Sequence[str]) -> list[float]:
+        """log2 p(text | picture) a token, the end among them, of pictures' states (B, M, D) and a text of each.
+
+        Raises RequestError where there is no captioner.
+        """
+        self._check_captions()
+        tokens = {text: self._read_texts([text]) for text in dict.fromkeys(texts)}
+        return self._caption_log_probs(states, [tokens[text] for text in texts])
+
+    def _caption_log_probs(self, states: Tensor, tokens: Sequence[Tensor]) -> list[float]:
+        """The same of tokens, (1, L) each."""
+        with torch.inference_mode():
+            return [
+                float(self.model.caption_log_prob(seen[None].to(self.device), said.to(self.device))) / math.log(2)
+                for seen, said in zip(states, tokens, strict=True)
+            ]
+
+    def _read(self, prompt: str) -> _Text:
+        tokens = self._read_texts([prompt])
+        return _Text(tokens, self._embed_tokens(tokens)[0])
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), tokens)
+
+    def _embed_states(self, states: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return in_micro_batches(lambda x: self.model.encode_states(x.to(self.device)).cpu(), states)
+
+    def _squares(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        size = self.model.config.image.resolution
+        return stack([square_of(image, size) for image in several(images)])
+
+    def _check_captions(self) -> None:
+        if self.model.captioner is None:
+            raise RequestError(f"the ranker of bundle {self.id.name} has no captioner, it compares vectors only")
 
 
 def load_ranker(model: str | Path, device: str = "auto") -> Ranker:

@@ -1,6 +1,7 @@
-"""The ranker: CLIP on the same captioned images (paper, section 2.6; Radford et al., 2021)."""
+"""The ranker: CLIP on the same captioned images (paper, section 2.6; Radford et al., 2021), and its captioner."""
 
 import functools
+import math
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -91,9 +92,18 @@ class RankerStage:
 
     def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         images, tokens, same, false = batch
-        pictures, texts = self.model.encode_images(images), self.model.encode_text(tokens)
-        wrong = None if false is None else self.model.encode_text(false.flatten(0, 1)).unflatten(0, false.shape[:2])
-        return self._loss(self.model, pictures, texts, same, wrong), {"scale": self.model.scale.detach()}
+        model = self.model
+        pictures, states = _seen(model, images)
+        texts = model.encode_text(tokens)
+        wrong = None if false is None else model.encode_text(false.flatten(0, 1)).unflatten(0, false.shape[:2])
+        loss = self._loss(model, pictures, texts, same, wrong)
+        told: dict[str, Tensor | float] = {"scale": model.scale.detach()}
+        if model.captioner is not None and states is not None:
+            log_p, counts = model.captioner(states, tokens)
+            captioning = -log_p.sum() / counts.sum()
+            loss = loss + self.config.captioning_weight * captioning
+            told["caption_bits"] = captioning.detach() / math.log(2)
+        return loss, told
 
     def _loss(self, model: CLIP, pictures: Tensor, texts: Tensor, same: Tensor, wrong: Tensor | None = None) -> Tensor:
         if self.config.loss == "sigmoid":
@@ -102,11 +112,14 @@ class RankerStage:
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:
-        """On held-out pairs: the loss of one batch after the other; how often a picture's own caption comes first, or
-        among the first 5 and 10, of 101; and how often it is preferred to one that is nearly right."""
+        """On held-out pairs: the contrastive loss of one batch after the other; how often a picture's own caption comes
+        first, or among the first 5 and 10, of 101; and how often it is preferred to one that is nearly right. All of
+        that by the cosine; where there is a captioner also its bits a token of the captions, and how often it, and the
+        score of both, prefers the caption that is right."""
         device = model.log_scale.device
         images, tokens = self.val.images.to(device), self._tokens(self.val.captions).to(device)
-        pictures = torch.cat([model.encode_images(chunk) for chunk in images.split(64)])
+        seen = [_seen(model, chunk) for chunk in images.split(64)]
+        pictures = torch.cat([embedded for embedded, _ in seen])
         texts = torch.cat([model.encode_text(chunk) for chunk in tokens.split(64)])
         same = same_captions(self.val.captions).to(device)
         size = min(self.config.batch_size, len(images))
@@ -120,14 +133,25 @@ class RankerStage:
         rng = np.random.Generator(np.random.PCG64(stream_seed(self.recipe.seed, "ranker validation")))
         misses = [self.near_misses.of(caption, rng) for caption in self.val.captions]
         if able := [i for i, miss in enumerate(misses) if miss is not None]:
-            false = model.encode_text(self._tokens([misses[i] or "" for i in able]).to(device))
+            false_tokens = self._tokens([misses[i] or "" for i in able]).to(device)
+            false = model.encode_text(false_tokens)
             own, other = (pictures[able] * texts[able]).sum(1), (pictures[able] * false).sum(1)
             figures["near_misses_told"] = float((own > other).float().mean())
+        if model.captioner is None:
+            return figures
+        states = torch.cat([states for _, states in seen if states is not None])
+        bits, counts = _caption_bits(model, states, tokens)
+        figures["caption_bits"] = float(bits.sum() / counts.sum())
+        if able:
+            false_bits, false_counts = _caption_bits(model, states[able], false_tokens)
+            gain = false_bits / false_counts - (bits / counts)[able]
+            figures["near_misses_told_captioner"] = float((gain > 0).float().mean())
+            figures["near_misses_told_score"] = float((own - other + model.caption_weight * gain > 0).float().mean())
         return figures
 
     @torch.inference_mode()
     def sheet(self, model: Any) -> Image.Image | None:
-        """For each of the recipe's prompts the held-out pictures that score best, best first."""
+        """For each of the recipe's prompts the held-out pictures that lie nearest to it, the nearest first."""
         prompts = self.recipe.drawing.prompts
         if not prompts:
             return None
@@ -164,3 +188,19 @@ class RankerStage:
             for _ in range(count)
         ]
         return self._tokens(false, rng).unflatten(0, (-1, count))
+
+
+def _seen(model: CLIP, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, 3, R, R) -> where pictures lie, (B, E), and the states that a captioner looks at, where there is one."""
+    if model.captioner is None:
+        return model.encode_images(images), None
+    states = model.image_states(images)
+    return model.encode_states(states), states
+
+
+def _caption_bits(model: CLIP, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """-log2 p of captions, given what is seen of their pictures, and how many tokens they have: (B,) each."""
+    assert model.captioner is not None
+    found = [model.captioner(seen, said) for seen, said in zip(states.split(64), tokens.split(64), strict=True)]
+    bits = torch.cat([-log_p.sum(1) for log_p, _ in found]) / math.log(2)
+    return bits, torch.cat([counts for _, counts in found])

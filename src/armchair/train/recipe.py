@@ -175,6 +175,7 @@ class RankerTraining(FitConfig):
     loss: str = "softmax"  # symmetric InfoNCE (CLIP), or sigmoid: each pair by itself (SigLIP)
     near_misses: tuple[tuple[str, ...], ...] = ()  # words of a kind; false captions are made by exchanging them
     near_miss_count: int = 1  # false captions a picture
+    captioning_weight: float = 2.0  # of the captioner's loss, where there is one, beside the contrastive loss (CoCa)
     beta2: float = 0.98
     eps: float = 1e-6
     weight_decay: float = 0.2
@@ -188,6 +189,8 @@ class RankerTraining(FitConfig):
             raise RequestError("batch_size: a caption must be told from another; expected at least 2, got 1")
         if self.near_miss_count < 1:
             raise RequestError(f"near_miss_count: expected at least 1, got {self.near_miss_count}")
+        if not self.captioning_weight >= 0:
+            raise RequestError(f"captioning_weight: expected 0 or more, got {self.captioning_weight}")
         NearMisses(self.near_misses)
 
 

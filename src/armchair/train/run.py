@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import armchair
 from armchair.bundle import Bundle, write_bundle
 from armchair.card import render_card
+from armchair.clip.captioner import CaptionerConfig
 from armchair.clip.model import CLIP, TextShape
 from armchair.config import from_dict, to_dict
 from armchair.data.loader import all_captions, split
@@ -293,13 +294,23 @@ def start_run(
 def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
     """The sections that differ though something in the run was made with them.
 
-    Names, words and how the bundle draws may change at any time; a ranker, which nothing else needs, until it is begun.
+    Names, words and how the bundle draws and ranks may change at any time; a ranker, which nothing else needs, until it
+    is begun.
     """
+    begun, recipe = _without_caption_weight(begun), _without_caption_weight(recipe)
     free = {"name", "description", "licence", "limits", "drawing"}
     if not checkpoints(folder / RankerStage.name):
         free |= {"ranker", "ranker_training"}
     sections = [f.name for f in fields(Recipe) if f.name not in free]
     return [name for name in sections if getattr(begun, name) != getattr(recipe, name)]
+
+
+def _without_caption_weight(recipe: Recipe) -> Recipe:
+    """The recipe with what the captioner counts in a score as it is by default: training does not depend on it."""
+    if recipe.ranker is None or recipe.ranker.captioner is None:
+        return recipe
+    captioner = replace(recipe.ranker.captioner, weight=CaptionerConfig.weight)
+    return replace(recipe, ranker=replace(recipe.ranker, captioner=captioner))
 
 
 def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
