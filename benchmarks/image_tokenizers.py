@@ -7,7 +7,7 @@ Each variant is trained for `--minutes` of the process's CPU time, its start inc
 for `--prior-minutes` (0: none). What else the machine does changes a CPU clock little, and two cores that work for a
 minute count as two. A few updates are timed first, so that the step size's schedule ends with the time; the table says
 what was spent in the end. Every finished variant is written to OUT/results.json; begun again, the command goes on with
-what is missing, and the table is printed from there.
+what is missing, and the table is printed from there. It needs the extras `train` and `evaluate`.
 
 Variants (all where none is named):
     dvae            the paper's dVAE from a random start: tau falls from 1 to 1/16 and beta rises to 6.6, over the same
