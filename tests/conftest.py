@@ -1,4 +1,5 @@
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,15 @@ from armchair.train.recipe import Recipe
 # No test of ours is about how long one example takes, and a busy machine would fail it at random.
 hypothesis.settings.register_profile("armchair", deadline=None)
 hypothesis.settings.load_profile("armchair")
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """A command that draws or serves sets up the process that it runs in, which here is that of all tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def tiny_recipe_dict(resolution: int = 16) -> dict[str, Any]:
@@ -106,9 +116,7 @@ def write_tiny_bundle(
         texts = TextShape.of_captions(shape.text_length, shape.text_vocab_size)
         ranker = tiny.clip(seed, shape=texts, captioner=captioner)
         weights["ranker"] = {k: v.half() for k, v in ranker.state_dict().items()}
-    write_bundle(
-        out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
-    )
+    write_bundle(out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights)
     return out
 
 

@@ -106,8 +106,7 @@ def test_unknown_systems_are_refused_before_anything_is_timed():
 @pytest.mark.slow
 def test_the_engine_outruns_the_literal_decoder():
     """Ratios in one process, never times: a third of what they are on an idle machine is asked for."""
-    from armchair.bench.own import ratios
-
-    found = ratios(Job(system="", text=16, grid=8, text_vocab=1000, codebook=2048, width=512, depth=4, heads=8))
+    sizes = {"text": 16, "grid": 8, "text_vocab": 1000, "codebook": 2048, "width": 512, "depth": 4, "heads": 8}
+    found = run(Job(system="armchair-int8", **sizes), extra="ratios")
     assert found["batch 1"] > 1.3 and found["batch 8"] > 1.2
     assert found["grid 24 over 8, row"] < 2.0  # a step's time: a token sees no more keys on a larger grid

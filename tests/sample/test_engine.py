@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from armchair.sample.engine import (
     WEIGHTS,
     Cache,
     Engine,
+    FusedCache,
     Places,
     blocked_products,
     default_weights,
@@ -35,6 +38,17 @@ from armchair.sample.weights import in_eight_bits
 STREAM = tiny.shape(grid=4, text_length=4, codebook=17)
 HERE = [weights for weights in WEIGHTS if weights != "int8" or exact_products()]
 options = st.sampled_from(list(tiny.OPTIONS.values()))
+
+
+@pytest.fixture(params=[False, True], ids=["products", "fused"], scope="module")
+def either_attention(request):
+    """As on a processor where the one is quicker, or the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("armchair.sample.engine.fused_attention", lambda: request.param)
+        yield
+
+
+ATTENTION = pytest.mark.usefixtures("either_attention")
 
 
 def forced_logits(decoder, text, codes):
@@ -87,6 +101,7 @@ def test_the_same_on_a_grid_wider_than_the_window(pattern):
         assert (forced_logits(Engine(model), text, codes) - model(text, codes)[1]).abs().max() < 1e-4
 
 
+@ATTENTION
 @pytest.mark.parametrize("weights", HERE)
 @pytest.mark.parametrize(
     ("pattern", "options"), [*((p, "paper") for p in PATTERNS), *(("full", o) for o in tiny.OPTIONS if o != "paper")]
@@ -119,6 +134,7 @@ def test_drawing_equals_the_literal_sampler():
         assert torch.equal(drawn, draw_codes_uncached(model, text, uniforms, chosen))
 
 
+@ATTENTION
 def test_eight_bit_drawings_follow_the_models_distribution():
     assert tiny.off_distribution(lambda model: Engine(model, HERE[-1])) < 0.04
 
@@ -126,6 +142,7 @@ def test_eight_bit_drawings_follow_the_models_distribution():
 # Determinism.
 
 
+@ATTENTION
 @settings(max_examples=15)
 @given(
     picked=st.lists(st.integers(0, 60), min_size=1, max_size=40),
@@ -146,6 +163,7 @@ def test_any_company_gives_the_same_codes(picked, weights, guidance, options):
         assert torch.equal(draw(picked[i : i + 1])[0], together[i])
 
 
+@ATTENTION
 @pytest.mark.parametrize("patterns", [("full",), ("row",), ("column",), ("convolutional",), PATTERNS])
 @pytest.mark.parametrize("options", ["paper", "rotary", "all"])
 def test_several_tokens_at_once_give_the_bits_of_one_after_the_other(patterns, options):
@@ -164,6 +182,7 @@ def test_several_tokens_at_once_give_the_bits_of_one_after_the_other(patterns, o
         assert torch.equal(torch.cat(found, 1), forced_logits(engine, text, codes))
 
 
+@ATTENTION
 @settings(max_examples=15)
 @given(
     patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=2),
@@ -217,6 +236,7 @@ def test_looking_ahead_in_vain_is_given_up(monkeypatch):
     assert passes.count(1) > 8
 
 
+@ATTENTION
 @settings(max_examples=20)
 @given(
     patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=2),
@@ -258,6 +278,7 @@ def test_given_codes_go_through_together():
     assert batch.step().tokens.tolist() == [[5] * 12] and batch.step().j == 0
 
 
+@ATTENTION
 @settings(max_examples=15)
 @given(data=st.data(), options=options, seed=st.integers(0, 99))
 def test_batches_that_go_together_draw_what_each_draws_alone(data, options, seed):
@@ -381,26 +402,41 @@ def test_rows_of_zeros_are_no_trouble():
     assert torch.equal(product(torch.zeros(2, 4)), torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3))
 
 
-@pytest.mark.parametrize("eight_bits", [False, True])
-def test_attention_of_one_query_is_attention(eight_bits):
-    """Over the text and the image slots that are named, by blocks of rows; in eight bits over what was rounded."""
+def half(x):
+    return x.bfloat16().float()
+
+
+def eight_bits(x):
+    codes, step = in_eight_bits(x)
+    return codes * step
+
+
+@pytest.mark.parametrize(
+    "make, kept, most",
+    [
+        (partial(Cache, eight_bits=False), lambda x: x, 1e-5),
+        (partial(Cache, eight_bits=True), eight_bits, 1e-5),
+        (FusedCache, half, 0.02),  # queries and what comes out have 16 bits too
+    ],
+    ids=["fp32", "int8", "fused"],
+)
+def test_attention_of_one_query_is_attention(make, kept, most):
+    """Over the text and the image slots that are named, by blocks of rows; over what was rounded where that is kept."""
     g = tiny.seeded(4)
     rows, heads, size, length = 19, 3, 8, 5
     keys, values = torch.randn(2, rows, heads, length, size, generator=g)
     places = Places(["full"], tiny.shape(grid=2, text_length=length - 1), everything=False)
-    cache = Cache(PromptCache([keys], [values], torch.zeros(rows, 1)), places, eight_bits)
+    cache = make(PromptCache([keys], [values], torch.zeros(rows, 1)), places)
     added = torch.randn(3, rows, 2, heads, size, generator=g)
     cache.put(0, 0, added)
     q = torch.randn(rows, heads, size, generator=g)
-    keys = torch.cat([keys, added[:, :, 0].permute(1, 2, 0, 3)], 2)
-    values = torch.cat([values, added[:, :, 1].permute(1, 2, 0, 3)], 2)
-    if eight_bits:
-        keys, values = (codes * step for codes, step in map(in_eight_bits, (keys, values)))
+    keys = kept(torch.cat([keys, added[:, :, 0].permute(1, 2, 0, 3)], 2))
+    values = kept(torch.cat([values, added[:, :, 1].permute(1, 2, 0, 3)], 2))
     for seen in (slice(8), torch.tensor([0, 1, 2, 3, 4, 6])):
         places.seen[0][2] = seen
         shares = (q[:, :, None] * keys[:, :, seen]).sum(-1).softmax(-1)
         expected = (shares[..., None] * values[:, :, seen]).sum(2).flatten(1)
-        assert (cache.attend(0, 2, q[None]) - expected).abs().max() < 1e-5
+        assert (cache.attend(0, 2, q[None]) - expected).abs().max() < most
 
 
 @pytest.fixture

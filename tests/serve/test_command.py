@@ -12,9 +12,8 @@ from armchair.serve.keys import Keys
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was(monkeypatch: Any) -> Any:
+def threads_as_they_were() -> Any:
     """What the command sets for the process it runs in."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

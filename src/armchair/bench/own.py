@@ -22,9 +22,7 @@ from armchair.sample.next_token import Settings
 
 def prior(job: Job) -> Prior:
     """A prior of the job's sizes; weights that start at zero are random too."""
-    shape = StreamShape(
-        text_vocab_size=job.text_vocab, text_length=job.text, codebook_size=job.codebook, grid=job.grid
-    )
+    shape = StreamShape(text_vocab_size=job.text_vocab, text_length=job.text, codebook_size=job.codebook, grid=job.grid)
     config = PriorConfig(
         d_model=job.width, n_layer=job.depth, n_head=job.heads, attention=(job.pattern,), last_attention=None
     )
@@ -147,7 +145,7 @@ def parts(job: Job, draws: Engine) -> dict[str, float]:
 def ratios(job: Job, rounds: int = 5) -> dict[str, float]:
     """How many times as fast as the literal decoder the engine draws, and how a step's time grows with the grid.
 
-    Medians over rounds that alternate, in this process: what a check for regressions can rely on.
+    Medians over rounds that alternate, in one process: what a check for regressions can rely on.
     """
 
     def last(one: Job, draws: Decoder) -> Callable[[], float]:
@@ -156,20 +154,14 @@ def ratios(job: Job, rounds: int = 5) -> dict[str, float]:
     def over(one: Callable[[], float], other: Callable[[], float]) -> float:
         return sorted(one() / other() for _ in range(rounds))[rounds // 2]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            model = prior(job).eval()
-            engine, found = Engine(model, "int8"), {}
-            for one in (replace(job, batch=1), replace(job, batch=8)):
-                found[f"batch {one.batch}"] = over(last(one, model), last(one, engine))
-            for pattern in ("full", "row", "column", "convolutional"):
-                large, small = (replace(job, pattern=pattern, batch=8, grid=side) for side in (24, 8))
-                runs = [last(one, Engine(prior(one).eval(), "int8")) for one in (large, small)]
-                found[f"grid 24 over 8, {pattern}"] = over(*runs)
-    finally:
-        torch.set_num_threads(threads)
+    model = prior(job).eval()
+    engine, found = Engine(model, "int8"), {}
+    for one in (replace(job, batch=1), replace(job, batch=8)):
+        found[f"batch {one.batch}"] = over(last(one, model), last(one, engine))
+    for pattern in ("full", "row", "column", "convolutional"):
+        large, small = (replace(job, pattern=pattern, batch=8, grid=side) for side in (24, 8))
+        runs = [last(one, Engine(prior(one).eval(), "int8")) for one in (large, small)]
+        found[f"grid 24 over 8, {pattern}"] = over(*runs)
     return found
 
 
@@ -214,6 +206,9 @@ def main() -> None:
     result: dict[str, Any]
     if extra == "bounds":
         result = {**bounds(), "weights": weight_count(prior(job))}
+    elif extra == "ratios":
+        with torch.inference_mode():
+            result = ratios(job)
     elif job.what == "training":
         result = timed_training(training(job), job)
     else:

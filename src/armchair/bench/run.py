@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from armchair import environment
 from armchair.bench.shape import PEERS, SYSTEMS, Job
 from armchair.config import check_name
 from armchair.errors import RequestError, WorkError
@@ -82,10 +83,13 @@ def run(job: Job, peer_python: str = sys.executable, extra: str | None = None) -
     place = [peer_python, str(Path(__file__).with_name("peer.py"))] if peer else own
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads))
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    surroundings = {**os.environ, **threads, **offline}
+    if not peer and job.what == "sampling":
+        environment.for_drawing(job.batch, surroundings)  # as the commands that draw do
     try:
         done = subprocess.run(
             [*place, json.dumps(wanted)],
-            env={**os.environ, **threads, **offline},
+            env=surroundings,
             capture_output=True,
             text=True,
             timeout=TIME_LIMIT,

@@ -6,9 +6,10 @@ One token needs each weight once and little else, so drawing a few pictures is b
 `Prior.decode_step` is the literal version, and tests hold this to it. What differs:
 
 - Weights are packed once, as `weights` says (`pack`): `fp32`, `bf16`, or `int8`, eight bits a weight with a step for
-  each output, which are a quarter of the bytes. What they are multiplied with then has eight bits too, as have the keys
-  and values that are kept; what layers add up in, attention and the logits stay in 32 bits.
-- Which keys a token sees is looked up, and a layer's keys lie in a buffer that attention reads in place.
+  each output, which are a quarter of the bytes. What they are multiplied with then has eight bits too; what layers add
+  up in and the logits stay in 32 bits.
+- Which keys a token sees is looked up, and a layer's keys lie in a buffer that attention reads in place. With eight-bit
+  weights they have eight bits too, or sixteen where attention is quicker over those (`fused_attention`).
 - Where the machine's products give each row the same bits whoever is beside it (`independent_rows`, which is tried out
   when an engine is made), rows need not come in batches of one size: one picture costs one row.
 """
@@ -92,6 +93,16 @@ def _seconds(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+@functools.cache
+def fused_attention() -> bool:
+    """Whether PyTorch's fused attention over bfloat16 keys and values is quicker than products over eight-bit ones.
+
+    It is where a processor has AMX, and was not on an AMD EPYC with bfloat16 (docs/speed.md). This is a rule and not
+    timed, because the two give other bits: a machine has to keep to one.
+    """
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _ends_of_the_range() -> tuple[Tensor, Tensor, Tensor]:
@@ -290,6 +301,8 @@ class Engine:
     def start(self, prompts: PromptCache, ahead: bool = False) -> "Cache":
         """A cache for drawing the rows of `prompts` together; with `ahead` it can be gone back in (`decode_steps`)."""
         places = self.places_ahead if ahead else self.places
+        if self.weights == "int8" and fused_attention():
+            return FusedCache(prompts, places)
         return Cache(prompts, places, eight_bits=self.weights == "int8")
 
     def decode_step(self, tokens: Tensor, j: int, cache: "Cache") -> Tensor:
@@ -469,6 +482,28 @@ class Cache:
     def _written_out(self, kept: Tensor, place: int) -> Tensor:
         """Keys or values of a block, (R H, M, E), in 32 bits, until the next are written out in that place."""
         return self.scratch[place, : kept.numel()].view(kept.shape).copy_(kept) if self.steps else kept
+
+
+class FusedCache(Cache):
+    """A Cache in bfloat16, for attention in one operation that reads keys and values as they are."""
+
+    def __init__(self, prompts: PromptCache, places: "Places"):
+        prompts = PromptCache(_halves(prompts.keys), _halves(prompts.values), prompts.logits)
+        super().__init__(prompts, places, eight_bits=False)
+
+    def attend(self, layer: int, j: int, q: Tensor) -> Tensor:
+        """As in `Cache`; each query by itself, since several together would be added up otherwise than one."""
+        keys, values = self.kept[layer]
+        seen = self.places.seen[layer][j : j + len(q)]
+        out = [
+            F.scaled_dot_product_attention(own[:, :, None], keys[:, :, visible], values[:, :, visible], scale=1.0)
+            for own, visible in zip(q.to(keys.dtype), seen, strict=True)
+        ]  # each (R, H, 1, E)
+        return _joined(out).reshape(q.shape[0] * q.shape[1], -1).float()
+
+
+def _halves(parts: list[Tensor]) -> list[Tensor]:
+    return [part.bfloat16() for part in parts]
 
 
 class Places:

@@ -1,0 +1,30 @@
+"""What the libraries below PyTorch read from the environment when they are first used. Imports nothing of theirs.
+
+Only a process of our own is set up, a command or a part of a benchmark, never one that imports armchair; and what its
+user has set already stays.
+"""
+
+import os
+from collections.abc import MutableMapping
+
+FEW_ROWS = 8
+
+
+def for_drawing(rows: int, environment: MutableMapping[str, str] | None = None) -> None:
+    """Of few rows that are drawn together, keep a processor's AMX tiles out of it.
+
+    oneDNN takes them for products of whole numbers wherever there are any, and a tile that is filled by one row in
+    sixteen only costs the time of setting it up: on an Intel Xeon one picture took 1.4 times as long (docs/speed.md).
+    The sums are whole numbers either way, and the same.
+    """
+    if rows <= FEW_ROWS:
+        _set("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", environment)
+
+
+def for_serving(environment: MutableMapping[str, str] | None = None) -> None:
+    """Threads that wait shall not burn what others could use."""
+    _set("OMP_WAIT_POLICY", "passive", environment)
+
+
+def _set(name: str, value: str, environment: MutableMapping[str, str] | None) -> None:
+    (os.environ if environment is None else environment).setdefault(name, value)
