@@ -148,6 +148,7 @@ class Int8Product:
     def __init__(self, codes: Tensor, step: Tensor, bias: Tensor):
         self.narrow = codes.shape[1] == 1  # of one column PyTorch 2.13 takes the layout wrong, and adds other numbers
         self.codes = F.pad(codes, (0, 1)) if self.narrow else codes
+        self.columns = self.codes.T
         self.step, self.bias = step, bias
         self.laid_out: Tensor | None = None  # the same as `blocked_product` has it, where that is quicker
 
@@ -160,7 +161,7 @@ class Int8Product:
                 self.laid_out = blocked(self.codes)
             product = blocked_product(whole.add_(ZERO).to(torch.uint8), self.laid_out, self.step)
         else:
-            product = torch._int_mm(whole.to(torch.int8), self.codes.T) * self.step
+            product = torch._int_mm(whole.to(torch.int8), self.columns) * self.step
         return torch.addcmul(self.bias, product, step)
 
     def _by_blocks(self, rows: int) -> bool:
