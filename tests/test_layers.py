@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "runtime": {"errors"},
     "attention": set(),
+    "environment": set(),
     "text": BASE,
     "image": BASE,
     "prior": BASE,
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "importing": MODELS | {"bundle", "card"},
     "eval": DRAWING | {"data"},
     "train": DRAWING | {"data", "eval"},
-    "bench": MODELS | {"sample"},
+    "bench": MODELS | {"environment", "sample"},
     "serve": BASE | {"bundle", "image", "prior", "sample", "eval.ballot", "eval.ballot_page"},
 }
 
