@@ -7,20 +7,25 @@ import pytest
 
 from armchair import environment
 from armchair.cli import main
+from armchair.sample.engine import WEIGHTS, exact_products
+from armchair.sample.png import read_record
 
 ISA = "ONEDNN_MAX_CPU_ISA"
 
 
-@pytest.mark.parametrize("rows, said", [(1, "AVX512_CORE_BF16"), (8, "AVX512_CORE_BF16"), (9, None)])
-def test_few_rows_are_drawn_without_tiles(rows, said):
+@pytest.mark.parametrize(
+    "rows, weights, said",
+    [(1, None, "AVX512_CORE_BF16"), (8, "int8", "AVX512_CORE_BF16"), (9, None, None), (1, "bf16", None)],
+)
+def test_few_rows_are_drawn_without_tiles(rows, weights, said):
     found = {}
-    environment.for_drawing(rows, found)
+    environment.for_drawing(rows, weights, found)
     assert found.get(ISA) == said
 
 
 def test_what_the_user_has_set_stays():
     found = {ISA: "ALL", "OMP_WAIT_POLICY": "active"}
-    environment.for_drawing(1, found)
+    environment.for_drawing(1, None, found)
     environment.for_serving(found)
     assert found == {ISA: "ALL", "OMP_WAIT_POLICY": "active"}
 
@@ -45,3 +50,17 @@ def test_drawing_sets_it_for_its_process(monkeypatch, tmp_path):
     assert ISA not in os.environ
     assert main(["draw", "a red apple", "-n", "4", "--out", str(tmp_path), "--model", "no-such-model"]) == 2
     assert os.environ[ISA] == "AVX512_CORE_BF16"
+
+
+@pytest.mark.parametrize("weights", [w for w in WEIGHTS if w != "int8" or exact_products()])
+def test_the_first_candidates_are_the_same_among_few_and_many(weights, tmp_path):
+    """Few are drawn in another environment than many, which holds for a whole process: so in one process each."""
+    drawn = {}
+    for count in (2, 9):
+        out = tmp_path / str(count)
+        command = ["draw", "a red apple", "--seed", "3", "-n", str(count), "--weights", weights, "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "armchair", *command], check=True, capture_output=True)
+        records = map(read_record, out.glob("*.png"))
+        drawn[count] = {record["candidate"]: record["codes"] for record in records if record["candidate"] < 2}
+    assert len(drawn[2]) == 2 and drawn[2] == drawn[9]
+    assert main(["redraw", str(next((tmp_path / "9").glob("*.png"))), "--out", str(tmp_path / "again.png")]) == 0

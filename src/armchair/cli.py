@@ -99,7 +99,7 @@ def _opening() -> Iterator[None]:
 
 
 def draw(args: argparse.Namespace) -> None:
-    environment.for_drawing(GUIDED_ROWS * args.candidates)
+    environment.for_drawing(GUIDED_ROWS * args.candidates, args.weights)
     with _opening():
         from armchair.sample.pipeline import check_free, load_artist, target_paths
         from armchair.sample.ranker import check_prompt
@@ -123,7 +123,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def complete(args: argparse.Namespace) -> None:
-    environment.for_drawing(GUIDED_ROWS * args.candidates)
+    environment.for_drawing(GUIDED_ROWS * args.candidates, args.weights)
     with _opening():
         from PIL import Image
 
@@ -150,12 +150,13 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def redraw(args: argparse.Namespace) -> None:
-    environment.for_drawing(GUIDED_ROWS)
     with _opening():
         from armchair.sample.pipeline import check_free, redraw_png, target_paths
         from armchair.sample.png import read_record
 
-        read_record(Path(args.image))  # a picture without one is refused before anything else
+        record = read_record(Path(args.image))  # a picture without one is refused before anything else
+        drawn_with = record.get("settings")
+        environment.for_drawing(GUIDED_ROWS, drawn_with.get("weights") if isinstance(drawn_with, dict) else None)
         (target,) = target_paths(Path(args.out), f"{Path(args.image).stem} again", 1)
         check_free([target], args.force)
     began = time.perf_counter()

@@ -10,14 +10,15 @@ from collections.abc import MutableMapping
 FEW_ROWS = 8
 
 
-def for_drawing(rows: int, environment: MutableMapping[str, str] | None = None) -> None:
-    """Of few rows that are drawn together, keep a processor's AMX tiles out of it.
+def for_drawing(rows: int, weights: str | None, environment: MutableMapping[str, str] | None = None) -> None:
+    """Of few rows that are drawn together, keep a processor's AMX tiles out of it. weights: None is a machine's own.
 
     oneDNN takes them for products of whole numbers wherever there are any, and a tile that is filled by one row in
     sixteen only costs the time of setting it up: on an Intel Xeon one picture took 1.4 times as long (docs/speed.md).
-    The sums are whole numbers either way, and the same.
+    The sums are whole numbers either way, and the same; those of `bf16` are not, and a candidate's picture would depend
+    on how many there are, so nothing is set for it.
     """
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS and weights != "bf16":
         _set("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", environment)
 
 

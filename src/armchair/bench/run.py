@@ -85,7 +85,9 @@ def run(job: Job, peer_python: str = sys.executable, extra: str | None = None) -
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     surroundings = {**os.environ, **threads, **offline}
     if not peer and job.what == "sampling":
-        environment.for_drawing(job.batch, surroundings)  # as the commands that draw do
+        environment.for_drawing(
+            job.batch, job.system.removeprefix("armchair-"), surroundings
+        )  # as the commands that draw do
     try:
         done = subprocess.run(
             [*place, json.dumps(wanted)],
@@ -208,7 +210,7 @@ PATTERNS = ("full", "row", "column", "convolutional")
 
 
 def growth(job: Job, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Milliseconds a step against grid, depth and candidates: of each attention pattern along the grid, else `full`."""
+    """Tokens a second against grid, depth and candidates: of each attention pattern along the grid, else `full`."""
     points = []
     for axis, values in GROWTH.items():
         for pattern in PATTERNS if axis == "grid" else ("full",):
