@@ -89,7 +89,9 @@ def write_card(bundle: Bundle, stages: dict[str, dict[str, Any]]) -> None:
     info = {**bundle.info, "metrics": {**metrics, **stages}}
     info = json.loads(json.dumps(info, sort_keys=True))  # in the order in which bundle.json has it
     weights = {part: bundle.weights(part) for part in bundle.parts}
-    write_bundle(bundle.path, info=info, card=render_card(info), text_tokenizer=bundle.text_tokenizer, weights=weights)
+    write_bundle(
+        bundle.path, info=info, card=render_card(info), text_tokenizer=bundle.text_tokenizer, weights=weights
+    )
 
 
 def main() -> None:

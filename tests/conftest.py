@@ -116,7 +116,9 @@ def write_tiny_bundle(
         texts = TextShape.of_captions(shape.text_length, shape.text_vocab_size)
         ranker = tiny.clip(seed, shape=texts, captioner=captioner)
         weights["ranker"] = {k: v.half() for k, v in ranker.state_dict().items()}
-    write_bundle(out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights)
+    write_bundle(
+        out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
+    )
     return out
 
 

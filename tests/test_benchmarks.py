@@ -207,7 +207,9 @@ def test_steps_are_counted_looking_ahead_and_not(tmp_path, capsys, monkeypatch):
     if not exact_products():
         pytest.skip("this processor does not add up eight-bit products exactly")
     bundle, found = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "found.json"
-    monkeypatch.setattr("sys.argv", ["", str(bundle), "--pictures", "3", "--ahead", "4", "30", "--json", str(found)])
+    monkeypatch.setattr(
+        "sys.argv", ["", str(bundle), "--pictures", "3", "--ahead", "4", "30", "--json", str(found)]
+    )
     benchmark("looking_ahead").main()
     one, *several = json.loads(found.read_text())
     assert one["steps"] == one["codes"] - 1 and one["times as fast"] == 1

@@ -35,7 +35,9 @@ FILES = ["bundle.json", "card.md", "image_tokenizer.safetensors", "prior.safeten
 
 
 def write(out: Path, **changes: Any) -> None:
-    write_bundle(out, **{"info": INFO, "card": "# Tiny\n", "text_tokenizer": '{"a": 1}', "weights": WEIGHTS} | changes)
+    write_bundle(
+        out, **{"info": INFO, "card": "# Tiny\n", "text_tokenizer": '{"a": 1}', "weights": WEIGHTS} | changes
+    )
 
 
 def read_all(path: Path) -> tuple[Any, ...]:
@@ -124,7 +126,9 @@ def test_damaged_zip_is_refused_or_reads_the_same(whole: Path, data: st.DataObje
     i, flip = data.draw(places), data.draw(st.integers(0, 255))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.zip"
-        path.write_bytes(original[:i] + bytes([original[i] ^ flip]) + original[i + 1 :] if flip else original[:i])
+        path.write_bytes(
+            original[:i] + bytes([original[i] ^ flip]) + original[i + 1 :] if flip else original[:i]
+        )
         try:
             assert read_all(path) == read_all(whole / "tiny")
         except BundleError as error:
@@ -132,7 +136,9 @@ def test_damaged_zip_is_refused_or_reads_the_same(whole: Path, data: st.DataObje
 
 
 @pytest.mark.parametrize(("old", "new"), [(b" ", b"\t"), (b"\n", b"\r"), (b"u", b"U"), (b"}", b"}\n")])
-def test_changes_that_json_does_not_see_are_found(whole: Path, tmp_path: Path, old: bytes, new: bytes) -> None:
+def test_changes_that_json_does_not_see_are_found(
+    whole: Path, tmp_path: Path, old: bytes, new: bytes
+) -> None:
     shutil.copytree(whole / "tiny", tmp_path / "b")
     index = tmp_path / "b" / "bundle.json"
     index.write_bytes(index.read_bytes().replace(old, new, 1))
@@ -178,7 +184,9 @@ def test_wrong_index(whole: Path, tmp_path: Path, changes: dict[str, Any], messa
         read_bundle(tmp_path / "b")
 
 
-@pytest.mark.parametrize("text", [b"", b"[1]", b"nonsense", b"[" * 100_000, b"\xff", b'{"format_version": NaN}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"[1]", b"nonsense", b"[" * 100_000, b"\xff", b'{"format_version": NaN}']
+)
 def test_index_of_nonsense(whole: Path, tmp_path: Path, text: bytes) -> None:
     shutil.copytree(whole / "tiny", tmp_path / "b")
     (tmp_path / "b" / "bundle.json").write_bytes(text)
@@ -251,7 +259,9 @@ STEPS = [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")]
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])
-def test_crash_at_any_step_leaves_a_whole_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+def test_crash_at_any_step_leaves_a_whole_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
     old, new = INFO | {"v": "old"}, INFO | {"v": "new"}
     seen = set()
     for k in range(100):
@@ -366,7 +376,9 @@ def test_find_bundled(bundled: Path) -> None:
     assert find_bundle("x.zip") == Path("x.zip")
 
 
-@pytest.mark.parametrize("model", ["shape", "", "/nowhere/at/all", "./org/name", "a/b/c", "x" * 5000, "a\0b", "~x/y"])
+@pytest.mark.parametrize(
+    "model", ["shape", "", "/nowhere/at/all", "./org/name", "a/b/c", "x" * 5000, "a\0b", "~x/y"]
+)
 def test_find_nothing(bundled: Path, model: str) -> None:
     with pytest.raises(BundleError, match="did you mean 'shapes'" if model == "shape" else "emoji, shapes"):
         find_bundle(model)

@@ -192,7 +192,9 @@ def test_a_cut_prompt_is_told(draw: Run) -> None:
 
 def test_complete_and_redraw(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
     Image.effect_noise((30, 20), 90).save(tmp_path / "photo.jpg")
-    result = run("complete", "photo.jpg", PROMPT, "--model", tiny_bundle, "--redraw", "4,4,12,16", "-n", 1, "--json")
+    result = run(
+        "complete", "photo.jpg", PROMPT, "--model", tiny_bundle, "--redraw", "4,4,12,16", "-n", 1, "--json"
+    )
     (image,) = json.loads(result.out)["images"]
     assert image["path"] == "a-red-circle.png"
     result = run("redraw", image["path"], "--json")
@@ -201,7 +203,9 @@ def test_complete_and_redraw(run: Run, tiny_bundle: Path, tmp_path: Path) -> Non
     assert Path(again["path"]).read_bytes() == Path(image["path"]).read_bytes()
     assert_refused(run("redraw", image["path"]), "a-red-circle-again.png", "--force")
     assert_refused(run("redraw", "photo.jpg"), "not a PNG")
-    assert_refused(run("complete", "photo.jpg", PROMPT, "--model", tiny_bundle, "--redraw", "4,4,12,17", "--force"))
+    assert_refused(
+        run("complete", "photo.jpg", PROMPT, "--model", tiny_bundle, "--redraw", "4,4,12,17", "--force")
+    )
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8 nothing")
     assert_refused(run("complete", "photo.jpg", PROMPT), "photo.jpg", "not an image")
 
@@ -386,7 +390,9 @@ def test_recipes_that_are_wrong(run: Run, recipe: Path, monkeypatch: pytest.Monk
     assert_refused(run("train", recipe), "pip install 'armchair[train]'")
 
 
-def test_unexpected_errors(run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_errors(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def fail(*args: Any) -> None:
         raise error
 
@@ -410,7 +416,9 @@ def test_as_a_program(tiny_bundle: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
-        done = subprocess.run([sys.executable, "-c", code, tiny_bundle], stdout=closed, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, "-c", code, tiny_bundle], stdout=closed, stderr=subprocess.PIPE
+        )
     assert (done.returncode, done.stderr) == (0, b"")
     done = subprocess.run([sys.executable, "-m", "armchair", "drw"], capture_output=True)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1

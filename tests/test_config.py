@@ -101,7 +101,9 @@ def test_a_number_too_large_for_a_float() -> None:
 
 
 def test_numbers_as_yaml_reads_them() -> None:
-    recipe = from_dict(Recipe, yaml.safe_load("{steps: 3, optimiser: {lr: 1e-4, clip: 4, betas: [1e-1, .9]}}"))
+    recipe = from_dict(
+        Recipe, yaml.safe_load("{steps: 3, optimiser: {lr: 1e-4, clip: 4, betas: [1e-1, .9]}}")
+    )
     assert recipe.optimiser == Optimiser(1e-4, (0.1, 0.9), 4.0)
     assert isinstance(recipe.optimiser.clip, float)
     assert from_dict(Recipe, {"steps": 3, "optimiser": {"clip": None}}).optimiser.clip is None

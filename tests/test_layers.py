@@ -81,13 +81,18 @@ def test_the_parts_are_all_named():
 
 def fresh(code: str) -> dict:
     """What `code` prints as JSON, run in a new interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
     return json.loads(done.stdout)
 
 
 def test_importing_the_package_does_not_import_torch():
     heavy = ["torch", "numpy", "PIL"]
-    assert fresh(f"import sys, json, armchair; print(json.dumps([m for m in {heavy} if m in sys.modules]))") == []
+    assert (
+        fresh(f"import sys, json, armchair; print(json.dumps([m for m in {heavy} if m in sys.modules]))")
+        == []
+    )
 
 
 def test_importing_any_module_leaves_torch_alone():

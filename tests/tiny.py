@@ -53,7 +53,9 @@ def pictures(count: int, resolution: int, seed: int = 0) -> Tensor:
     g = seeded(seed)
     colours = torch.rand(count, 2, 3, 1, 1, generator=g)
     cut = torch.randint(resolution // 4, 3 * resolution // 4, (count, 1, 1, 1), generator=g)
-    return torch.where(torch.arange(resolution).expand(count, 3, resolution, -1) < cut, colours[:, 0], colours[:, 1])
+    return torch.where(
+        torch.arange(resolution).expand(count, 3, resolution, -1) < cut, colours[:, 0], colours[:, 1]
+    )
 
 
 def shape(grid: int = 4, text_length: int = 5, vocab: int = 11, codebook: int = 13) -> StreamShape:

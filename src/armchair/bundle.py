@@ -69,7 +69,9 @@ class Bundle:
         Raises BundleError where the bundle has no such part, or the file is not the one that was written.
         """
         if part not in self.parts:
-            raise BundleError(f"{self.path}: no {part!r} in this bundle; it has {', '.join(self.parts) or 'none'}")
+            raise BundleError(
+                f"{self.path}: no {part!r} in this bundle; it has {', '.join(self.parts) or 'none'}"
+            )
         name = _WEIGHTS[part]
         try:
             if self.path.is_file():
@@ -199,7 +201,9 @@ class _Files:
                 if m.filename not in _NAMES or names.count(m.filename) > 1:
                     raise BundleError(f"{self.place}: unexpected {m.filename!r} in the zip of a bundle")
                 if m.file_size > _MAX_TEXT and m.file_size > _MAX_RATIO * m.compress_size:
-                    raise BundleError(f"{self.place}: {m.filename} would unpack to {m.file_size} bytes, refused")
+                    raise BundleError(
+                        f"{self.place}: {m.filename} would unpack to {m.file_size} bytes, refused"
+                    )
             return set(names)
 
     def size(self, name: str) -> int:
@@ -262,7 +266,9 @@ class _Files:
         except OSError as error:
             raise BundleError(f"cannot read bundle {self.place}: {error.strerror or error}") from None
         except _ZIP_DEFECTS as error:
-            raise BundleError(f"{self.place}: not a bundle directory, nor a whole zip of one: {error}") from None
+            raise BundleError(
+                f"{self.place}: not a bundle directory, nor a whole zip of one: {error}"
+            ) from None
 
 
 def _canonical(data: Any) -> bytes:
@@ -295,7 +301,9 @@ def _parse_index(data: bytes, where: str) -> dict[str, Any]:
         raise BundleError(f"{where} is altered: its contents do not match its digest")
     files = index.get("files")
     if not isinstance(files, dict) or _CARD not in files or not all(map(_is_entry, files.items())):
-        raise BundleError(f"{where}: expected 'files' to give sha256 and bytes of {_CARD} and other known files")
+        raise BundleError(
+            f"{where}: expected 'files' to give sha256 and bytes of {_CARD} and other known files"
+        )
     return index
 
 
@@ -415,4 +423,6 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(_NAMES)))
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BundleError(f"no path {hub_id!r}, and not to be had from the Hugging Face hub: {reason}") from None
+        raise BundleError(
+            f"no path {hub_id!r}, and not to be had from the Hugging Face hub: {reason}"
+        ) from None

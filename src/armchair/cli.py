@@ -221,7 +221,9 @@ def bench(args: argparse.Namespace, what: str) -> None:
         systems = [weights if weights == "plain" else f"armchair-{weights}" for weights in args.weights]
     systems += [name for names in args.against for name in names.split(",") if name]
     options = {"precisions": args.precision} if what == "training" else {}
-    found = measure(job, systems, args.batch, peer_python=args.peer_python, rounds=args.rounds, say=say, **options)
+    found = measure(
+        job, systems, args.batch, peer_python=args.peer_python, rounds=args.rounds, say=say, **options
+    )
     machine, parts = run(replace(job, system="armchair-int8"), extra="bounds"), {}
     if what == "sampling":
         for system in systems:
@@ -407,7 +409,9 @@ def data_inspect(args: argparse.Namespace) -> None:
     config = DataConfig()
     found = inspect(open_source(args.paths, config), config, sheet=sheet)
     if sheet is not None:
-        say(f"contact sheet -> {sheet}" if found["images"] else "no contact sheet: there is no usable picture")
+        say(
+            f"contact sheet -> {sheet}" if found["images"] else "no contact sheet: there is no usable picture"
+        )
     if args.json:
         print_json(found)
         return
@@ -686,21 +690,29 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _output_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", default=".", metavar="FILE|DIR", help="a name in .png or a folder (default: here)")
+    p.add_argument(
+        "--out", default=".", metavar="FILE|DIR", help="a name in .png or a folder (default: here)"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     p.add_argument("--force", action="store_true", help="overwrite files")
 
 
 def _sampling_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-n", "--candidates", type=_whole(1, 4096), default=4, metavar="N", help="how many (default: 4)")
+    p.add_argument(
+        "-n", "--candidates", type=_whole(1, 4096), default=4, metavar="N", help="how many (default: 4)"
+    )
     p.add_argument(
         "--keep", type=_whole(0, 4096), default=0, metavar="K", help="keep the best K (default 0: all, sorted)"
     )
     p.add_argument("--ranker", metavar="M", help="a bundle whose ranker shall judge, in place of the model's own")
-    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)")
+    p.add_argument(
+        "--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)"
+    )
     p.add_argument("--temperature", type=_number, metavar="T", help="0 is greedy, 1 the model's own spread")
     p.add_argument("--top-k", type=_whole(0), metavar="K", help="draw from the K likeliest codes, 0 for all")
-    p.add_argument("--top-p", type=_number, metavar="P", help="draw from the likeliest codes of mass P, 1 for all")
+    p.add_argument(
+        "--top-p", type=_number, metavar="P", help="draw from the likeliest codes of mass P, 1 for all"
+    )
     p.add_argument(
         "--min-p", type=_number, metavar="P", help="leave out codes under P times as likely as the first, 0 for none"
     )
@@ -736,7 +748,9 @@ def _draw_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _complete_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("image", metavar="IMAGE", help="a picture, cut square and resized to the model's resolution")
+    p.add_argument(
+        "image", metavar="IMAGE", help="a picture, cut square and resized to the model's resolution"
+    )
     p.add_argument("prompt", metavar="PROMPT", help="what the whole picture shall show")
     where = p.add_mutually_exclusive_group()
     where.add_argument(
@@ -772,7 +786,9 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME)")
     p.add_argument("--init", metavar="BUNDLE", help="start from the weights of this bundle")
     stages = ("text-tokenizer", "image-tokenizer", "prior", "ranker", "all")
-    p.add_argument("--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)")
+    p.add_argument(
+        "--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)"
+    )
     p.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     p.add_argument(
         "--set",
@@ -803,7 +819,9 @@ def _build_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _inspect_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("paths", nargs="+", metavar="PATH", help="folders, .tar shards, globs, or shapes:val,length=100")
+    p.add_argument(
+        "paths", nargs="+", metavar="PATH", help="folders, .tar shards, globs, or shapes:val,length=100"
+    )
     p.add_argument("--sheet", metavar="FILE", help="write a PNG with some of the pictures and captions")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")
     p.add_argument("--force", action="store_true", help="overwrite FILE")
@@ -979,7 +997,9 @@ def _bench_flags(p: argparse.ArgumentParser, batches: list[int]) -> None:
     p.add_argument(
         "--peer-python", default=sys.executable, metavar="PYTHON", help="the Python of the peers' environment"
     )
-    p.add_argument("--batch", nargs="+", type=_whole(1, 512), default=batches, metavar="B", help=f"default: {batches}")
+    p.add_argument(
+        "--batch", nargs="+", type=_whole(1, 512), default=batches, metavar="B", help=f"default: {batches}"
+    )
     p.add_argument("--rounds", type=_whole(1, 99), default=3, metavar="N", help="medians are over these (default: 3)")
     for name in BENCH_SIZES:
         default = getattr(Job(system=""), name)
@@ -1011,7 +1031,9 @@ def _bench_training_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _info_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given")
+    p.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a bundle; the bundled default where none is given"
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -1097,7 +1119,8 @@ COMMANDS = {
         export,
         _export_flags,
         "write a bundle in a form that is smaller and opens sooner",
-        'armchair export emoji --format int8 --out emoji-int8\narmchair draw "a red apple" --model emoji-int8',
+        "armchair export emoji --format int8 --out emoji-int8\n"
+        'armchair draw "a red apple" --model emoji-int8',
     ),
     "serve": Command(
         serve,

@@ -158,7 +158,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(inner[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(inner) != len(value):
             raise RequestError(f"{where}: expected {len(inner)} values, got {value!r}")
-        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(
+            _convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
+        )
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise RequestError(f"{where}: expected a mapping, got {value!r}")

@@ -95,13 +95,18 @@ def test_orders_of_nothing_are_refused(weights):
 
 
 @settings(max_examples=15)
-@given(st.integers(1, 30), st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(0, 9), st.integers(0, 4))
+@given(
+    st.integers(1, 30), st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(0, 9), st.integers(0, 4)
+)
 def test_ranks_are_disjoint_and_together_the_whole(n, world, local, seed, start_step):
     source, size = Memory(n), world * local
     whole = take(batches(source, CONFIG, batch_size=size, seed=seed, start_step=start_step), 3)
     parts = [take(batches(source, CONFIG, batch_size=size, seed=seed, start_step=start_step, rank=rank,
                           world=world), 3) for rank in range(world)]  # fmt: skip
-    joined = [(torch.cat([part[k][0] for part in parts]), [c for part in parts for c in part[k][1]]) for k in range(3)]
+    joined = [
+        (torch.cat([part[k][0] for part in parts]), [c for part in parts for c in part[k][1]])
+        for k in range(3)
+    ]
     assert_same(whole, joined)
     assert whole[0][0].shape == (size, 3, 8, 8) and whole[0][0].dtype == torch.float32
 
@@ -217,7 +222,9 @@ def test_split_parts_the_source(n, fraction):
 
 
 def test_split_keeps_its_sides_when_data_is_added():
-    val = [{view.key(i) for i in range(len(view))} for view in (split(Memory(n), 0.1)[1] for n in (500, 1000))]
+    val = [
+        {view.key(i) for i in range(len(view))} for view in (split(Memory(n), 0.1)[1] for n in (500, 1000))
+    ]
     assert val[0] <= val[1] and 70 < len(val[1]) < 130
 
 

@@ -104,7 +104,9 @@ def test_rows_of_one_image_give_it_several_captions(tmp_path):
     assert open_source([str(tmp_path)], CONFIG)[0].captions == ("one", "two", "thr ee")
 
 
-@pytest.mark.parametrize("table", ["{", '{"text": "no name"}', '["a.png"]', '{"file_name": "a.png", "caption": "x"}'])
+@pytest.mark.parametrize(
+    "table", ["{", '{"text": "no name"}', '["a.png"]', '{"file_name": "a.png", "caption": "x"}']
+)
 def test_a_wrong_table_is_refused(tmp_path, table):
     (tmp_path / "metadata.jsonl").write_text(table)
     with pytest.raises(DataError, match=r"metadata\.jsonl"):
@@ -171,7 +173,9 @@ def whole_tar(request, tmp_path_factory):
 def test_a_tar_cut_anywhere_gives_a_prefix_and_one_broken(whole_tar, data):
     folder, content, whole = whole_tar
     zeros = len(content) - len(content.rstrip(b"\0"))
-    at = data.draw(st.integers(0, len(content) - zeros) | st.integers(0, len(content) // 512).map(lambda b: b * 512))
+    at = data.draw(
+        st.integers(0, len(content) - zeros) | st.integers(0, len(content) // 512).map(lambda b: b * 512)
+    )
     cut = folder / "cut.tar"
     cut.write_bytes(content[:at])
     source = TarSource(cut)
@@ -332,4 +336,6 @@ def test_config_reads_from_plain_data():
 def test_misspelt_template_fields_are_named_in_the_log(tmp_path, caplog):
     path = write_tar(tmp_path / "s.tar", samples(2))
     open_source([str(path)], DataConfig(captions=("{stile}", "{style}")))
-    assert "'stile'" in caplog.text and "did you mean 'style'" in caplog.text and "'style' is" not in caplog.text
+    assert (
+        "'stile'" in caplog.text and "did you mean 'style'" in caplog.text and "'style' is" not in caplog.text
+    )

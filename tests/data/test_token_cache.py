@@ -109,7 +109,9 @@ def test_shards_and_skipped_images_keep_codes_and_captions_together(tmp_path_fac
 
 
 def test_captions_follow_the_templates_and_weights_the_recipe(tmp_path):
-    config = DataConfig(resolution=16, captions=("{caption}", "a {kind} one"), weights={r"picture [0-4]\b": 3.0})
+    config = DataConfig(
+        resolution=16, captions=("{caption}", "a {kind} one"), weights={r"picture [0-4]\b": 3.0}
+    )
     cache = build(tmp_path / "c", Memory(10), config)
     assert cache.captions[3] == [["picture 3", "the 3th"], ["a odd one"]]
     assert cache.weights[0] / cache.weights[9] == pytest.approx(3)

@@ -57,7 +57,9 @@ def plain_relaxation(logits: Tensor, tau: float, seed: int) -> tuple[Tensor, Ten
     g = tiny.seeded(seed)
     k = logits.shape[-1]
     flat = logits.reshape(-1, k)
-    uniforms = [torch.empty(len(flat[rows]), k).uniform_(generator=g) for rows in dvae_module._row_blocks(flat)]
+    uniforms = [
+        torch.empty(len(flat[rows]), k).uniform_(generator=g) for rows in dvae_module._row_blocks(flat)
+    ]
     gumbel = -torch.log(-torch.log(torch.cat(uniforms).double()))
     log_q = torch.log_softmax(logits.double(), -1)
     weights = torch.softmax((log_q + gumbel.view_as(log_q)) / tau, -1)

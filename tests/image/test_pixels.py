@@ -42,7 +42,9 @@ def test_palette_transparency_is_put_on_white():
     image = Image.new("P", (2, 1), 0)
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    np.testing.assert_array_equal(read_image(encoded(image, transparency=1)), [[[10, 20, 30], [255, 255, 255]]])
+    np.testing.assert_array_equal(
+        read_image(encoded(image, transparency=1)), [[[10, 20, 30], [255, 255, 255]]]
+    )
 
 
 @pytest.mark.parametrize("mode, format", [
@@ -59,7 +61,9 @@ def test_every_mode_becomes_rgb(mode, format):
 def test_sixteen_bit_grey_is_scaled():
     levels = np.array([[0, 257, 32896, 65535]], np.uint16)
     np.testing.assert_array_equal(read_image(encoded(Image.fromarray(levels)))[0, :, 0], [0, 1, 128, 255])
-    np.testing.assert_array_equal(read_image(encoded(Image.fromarray(levels), "TIFF"))[0, :, 2], [0, 1, 128, 255])
+    np.testing.assert_array_equal(
+        read_image(encoded(Image.fromarray(levels), "TIFF"))[0, :, 2], [0, 1, 128, 255]
+    )
 
 
 def test_exif_orientation_is_applied():
@@ -141,7 +145,9 @@ def test_random_crop_scales_at_most_by_nine_eighths():
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3))
     slopes = []
     for seed in range(100):
-        row = random_crop(np.ascontiguousarray(ramp), 64, np.random.default_rng(seed), False)[0, :, 0].astype(float)
+        row = random_crop(np.ascontiguousarray(ramp), 64, np.random.default_rng(seed), False)[0, :, 0].astype(
+            float
+        )
         slopes.append((row[-1] - row[0]) / 63)
     assert min(slopes) >= 4 * 8 / 9 - 0.05 and max(slopes) <= 4.05
     assert max(slopes) - min(slopes) > 0.3

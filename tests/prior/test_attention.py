@@ -103,7 +103,9 @@ def test_turning_is_a_product_with_a_complex_number_and_so_is_its_gradient():
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("rows", "row"), ("colum", "column"), ("convolution", "convolutional")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("rows", "row"), ("colum", "column"), ("convolution", "convolutional")]
+)
 def test_an_unknown_pattern_names_the_nearest(wrong, right):
     for use in (lambda: stream_mask(wrong, 4, 2), lambda: ImageKeys(wrong, 2)):
         with pytest.raises(RequestError, match=f"{wrong}.*{right}"):

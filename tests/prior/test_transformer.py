@@ -79,7 +79,9 @@ def test_a_later_token_never_changes_an_earlier_logit(patterns, grid, text_lengt
     if at < text_length:  # every image token sees all of the text
         assert ((after_image - before_image).abs().amax(-1) > 1e-6).all()
     elif at < stream.length - 1:  # and the token after it sees it
-        assert (after_image[:, at - text_length + 1] - before_image[:, at - text_length + 1]).abs().max() > 1e-6
+        assert (
+            after_image[:, at - text_length + 1] - before_image[:, at - text_length + 1]
+        ).abs().max() > 1e-6
     else:  # nothing comes after the last one
         assert torch.equal(after_image, before_image)
 
@@ -195,7 +197,9 @@ def test_pads_are_attended_to():
     text, codes = torch.tensor([[3, 11, 11, 11]]), tiny.codes(1, stream)
     with torch.no_grad():
         before = model(text, codes)[1]
-        model.text_embedding.weight[11 + 3] += torch.randn(16, generator=tiny.seeded())  # the last position's pad
+        model.text_embedding.weight[11 + 3] += torch.randn(
+            16, generator=tiny.seeded()
+        )  # the last position's pad
         assert ((model(text, codes)[1] - before).abs().amax(-1) > 1e-6).all()
 
 
@@ -359,7 +363,9 @@ def test_the_first_logits_are_uniform_and_the_first_loss_is_ln_v(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=20)
-@given(rows=st.integers(1, 4), stream_seed=seeds, vocab=st.sampled_from([1, 30, 3000]), weight=st.floats(0, 1))
+@given(
+    rows=st.integers(1, 4), stream_seed=seeds, vocab=st.sampled_from([1, 30, 3000]), weight=st.floats(0, 1)
+)
 def test_the_loss_is_the_plain_cross_entropy(dtype, rows, stream_seed, vocab, weight):
     g = tiny.seeded(stream_seed)
     stream = tiny.shape(6, 50, vocab, 1 + 2 * vocab)  # 200 rows of 3000 make more than one block
@@ -371,7 +377,8 @@ def test_the_loss_is_the_plain_cross_entropy(dtype, rows, stream_seed, vocab, we
     ours, plain = [[x.clone().requires_grad_() for x in start] for _ in range(2)]
     loss = stream_loss(*ours, text, codes, weight)
     plain_text, plain_image = (
-        F.cross_entropy(x.float().flatten(0, 1), y.flatten()) for x, y in zip(plain, (text, codes), strict=True)
+        F.cross_entropy(x.float().flatten(0, 1), y.flatten())
+        for x, y in zip(plain, (text, codes), strict=True)
     )
     plain_loss = weight * plain_text + (1 - weight) * plain_image
     for a, b in zip(loss, (plain_loss, plain_text, plain_image), strict=True):
@@ -472,7 +479,9 @@ def test_a_batch_can_be_learnt_by_heart():
         assert torch.equal(model(text, codes)[1].argmax(-1), codes)
 
 
-def change_after_steps(width: int, scaled: bool, matrix_scale: float | None = None, **options: Any) -> dict[str, float]:
+def change_after_steps(
+    width: int, scaled: bool, matrix_scale: float | None = None, **options: Any
+) -> dict[str, float]:
     """Root mean square change of the logits and of the stream before the heads, after a few updates."""
     stream = tiny.shape(vocab=40, codebook=40)
     model = tiny.prior(stream, "full", "full", width=width, blank=True, **options)

@@ -51,7 +51,9 @@ def all_drawings(artist: Artist, photo: Image.Image) -> list[Tensor]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("options", ["paper", "rotary", "all"])
-def test_the_same_codes_as_the_bundle_it_came_from(tmp_path: Path, photo: Image.Image, seed: int, options: str) -> None:
+def test_the_same_codes_as_the_bundle_it_came_from(
+    tmp_path: Path, photo: Image.Image, seed: int, options: str
+) -> None:
     if not exact_products():
         pytest.skip("this processor does not draw in eight bits")
     write_tiny_bundle(tmp_path / "tiny", seed, options=tiny.OPTIONS[options])

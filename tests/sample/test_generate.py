@@ -39,7 +39,9 @@ def model() -> Prior:
     return tiny.prior(STREAM, *PATTERNS, seed=5)
 
 
-def draw(model: Prior, chosen: Settings, rows: list[int], candidates: list[int], forced: Tensor | None = None):
+def draw(
+    model: Prior, chosen: Settings, rows: list[int], candidates: list[int], forced: Tensor | None = None
+):
     uniforms = candidate_uniforms(1, candidates, model.shape.image_length)
     return draw_codes(model, tiny.texts(3, model.shape), rows, uniforms, chosen, forced)
 
@@ -157,7 +159,9 @@ def test_forced_codes_are_kept_and_the_rest_is_drawn_after_them(data, guidance, 
     model = tiny.prior(STREAM, "full", "row", seed=4)
     chosen = Settings(guidance=guidance, temperature=temperature)
     n, k = STREAM.image_length, STREAM.codebook_size
-    forced = torch.tensor(data.draw(st.lists(st.integers(FREE, k - 1), min_size=2 * n, max_size=2 * n))).view(2, n)
+    forced = torch.tensor(data.draw(st.lists(st.integers(FREE, k - 1), min_size=2 * n, max_size=2 * n))).view(
+        2, n
+    )
     codes = draw(model, chosen, [0, 1], [0, 1], forced).flatten(1)
     assert torch.equal(codes[forced != FREE], forced[forced != FREE])
     # To force a code that was drawn changes nothing: the uniforms are spent by position.

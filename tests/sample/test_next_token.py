@@ -55,9 +55,14 @@ def test_top_p_keeps_the_fewest_codes_that_reach_p(logits, top_p):
     kept = [i for i, x in enumerate(p) if x > 0]
     mass = sum(full[i] for i in kept)
     assert mass >= top_p - 1e-9
-    fewest = next(n for n, m in enumerate(itertools.accumulate(sorted(full, reverse=True)), 1) if m >= top_p - 1e-9)
+    fewest = next(
+        n for n, m in enumerate(itertools.accumulate(sorted(full, reverse=True)), 1) if m >= top_p - 1e-9
+    )
     assert len(kept) in (fewest, fewest + 1) if abs(mass - top_p) < 1e-6 else len(kept) == fewest
-    assert min(full[i] for i in kept) >= max((full[i] for i in range(len(full)) if i not in kept), default=0) - 1e-12
+    assert (
+        min(full[i] for i in kept)
+        >= max((full[i] for i in range(len(full)) if i not in kept), default=0) - 1e-12
+    )
     assert [p[i] for i in kept] == pytest.approx([full[i] / mass for i in kept], abs=1e-9)
 
 
@@ -100,7 +105,9 @@ def test_each_row_is_its_own():
 
 # The pick.
 
-distributions = st.lists(st.sampled_from([0.0, 1e-12, 0.01, 0.3, 1.0, 5.0]), min_size=1, max_size=30).filter(any)
+distributions = st.lists(st.sampled_from([0.0, 1e-12, 0.01, 0.3, 1.0, 5.0]), min_size=1, max_size=30).filter(
+    any
+)
 
 
 def normalised(weights: list[float]) -> torch.Tensor:

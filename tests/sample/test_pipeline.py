@@ -244,7 +244,11 @@ def test_complete_whole_and_top(artist: Artist, photo: Image.Image) -> None:
     whole = artist.complete(photo, PROMPT, keep_top=0.0, seed=8)
     same(whole, artist.draw(PROMPT, seed=8), 4)
     half = artist.complete(photo, PROMPT, candidates=1)
-    assert half.rectangle == artist.complete(photo, PROMPT, redraw=(0, 8), candidates=1).rectangle == (0, 8, 16, 16)
+    assert (
+        half.rectangle
+        == artist.complete(photo, PROMPT, redraw=(0, 8), candidates=1).rectangle
+        == (0, 8, 16, 16)
+    )
     kept = photo.crop((5, 0, 35, 30)).resize((16, 16), Image.Resampling.BOX)
     assert (pixels(half.images[0])[:8] == pixels(kept)[:8]).all()
 
@@ -330,7 +334,9 @@ def test_encode_any_mode(artist: Artist) -> None:
     assert (artist.encode(clear) == artist.encode(white)).all()
 
 
-@pytest.mark.parametrize("wrong", [[], ["x.png"], [None], [Image.new("F", (9, 9))], [Image.new("RGB", (0, 9))]])
+@pytest.mark.parametrize(
+    "wrong", [[], ["x.png"], [None], [Image.new("F", (9, 9))], [Image.new("RGB", (0, 9))]]
+)
 def test_wrong_images(artist: Artist, wrong: list) -> None:
     with pytest.raises(RequestError, match="image"):
         artist.encode(wrong)
@@ -384,10 +390,9 @@ def test_with_a_ranker_the_best_of_all_candidates_come_first(artist: Artist, ran
         assert (pixels(drawing.images[i]) == pixels(plain.images[c])).all()
         assert drawing.scores[i] == pytest.approx(ranked.rank([plain.images[c]], PROMPT)[0], abs=1e-6)
     few = ranked.draw(PROMPT, candidates=5)  # a candidate's score does not depend on how many there are
-    assert (
-        dict(zip(few.candidates, few.scores, strict=True)).items()
-        <= dict(zip(drawing.candidates, drawing.scores, strict=True)).items()
-    )
+    assert dict(zip(few.candidates, few.scores, strict=True)).items() <= dict(
+        zip(drawing.candidates, drawing.scores, strict=True)
+    ).items()
     kept = ranked.draw(PROMPT, candidates=9, keep=2)
     assert kept.candidates == drawing.candidates[:2] and kept.scores == drawing.scores[:2]
     assert ranked.draw(PROMPT, candidates=9, keep=0).candidates == drawing.candidates
@@ -488,9 +493,13 @@ def test_bundles_that_do_not_fit(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = read_bundle(tiny_bundle)
     weights = {part: bundle.weights(part) for part in bundle.parts}
 
-    def refused(problem: str, *, tokenizer: str | None = bundle.text_tokenizer, parts: dict = weights, **info: object):
+    def refused(
+        problem: str, *, tokenizer: str | None = bundle.text_tokenizer, parts: dict = weights, **info: object
+    ):
         kept = {k: v for k, v in bundle.info.items() if k not in ("format_version", "files", "digest")}
-        write_bundle(tmp_path / "b", info={**kept, **info}, card=bundle.card, text_tokenizer=tokenizer, weights=parts)
+        write_bundle(
+            tmp_path / "b", info={**kept, **info}, card=bundle.card, text_tokenizer=tokenizer, weights=parts
+        )
         with pytest.raises(BundleError, match=problem) as raised:
             load_artist(tmp_path / "b", "cpu")
         assert "\n" not in str(raised.value)
@@ -499,7 +508,9 @@ def test_bundles_that_do_not_fit(tiny_bundle: Path, tmp_path: Path) -> None:
     wider = {**recipe, "prior": {**recipe["prior"], "d_model": 64}}
     refused("prior.safetensors does not fit", recipe=wider)
     refused("recipe.prior.*n_head", recipe={**recipe, "prior": {**recipe["prior"], "n_head": 5}})
-    refused("unknown field 'recipe.image_tokenizer.n_hidd'", recipe={**recipe, "image_tokenizer": {"n_hidd": 3}})
+    refused(
+        "unknown field 'recipe.image_tokenizer.n_hidd'", recipe={**recipe, "image_tokenizer": {"n_hidd": 3}}
+    )
     refused("lacks .*'drawing'", recipe={k: v for k, v in recipe.items() if k != "drawing"})
     refused("lacks", recipe=None)
     refused("text_tokenizer.json has", text_vocab_size=7)

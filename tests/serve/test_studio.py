@@ -159,7 +159,7 @@ def run_command(line: str, folder, monkeypatch) -> list[np.ndarray]:
     "wish",
     [
         {"prompt": "a red circle"},
-        {"prompt": 'it\'s --big "$HOME" `x` \\', "seed": "12345678901234567", "candidates": 2},
+        {"prompt": "it's --big \"$HOME\" `x` \\", "seed": "12345678901234567", "candidates": 2},
         {"prompt": "-n 3 blue", "guidance": 2.5, "top_k": 7, "temperature": 0.8, "top_p": 1, "min_p": 0.1},
         {"prompt": "a red circle", "naturalness": 0.5},
         {"prompt": "a {red|blue} square", "candidates": 3, "seed": "4"},

@@ -68,7 +68,9 @@ def test_wrong_ground_count_and_relation_are_found(s, data):
     prompt = data.draw(st.sampled_from([p for p in wordings(s) if len(p.relations) == len(s.relations)]))
     other = data.draw(st.sampled_from([g for g in GROUNDS if g != s.ground]))
     verdict = judge_scene(prompt, Scene(other, s.objects, ()))
-    assert verdict.whole is (prompt.ground is None) and verdict.ground is (None if prompt.ground is None else False)
+    assert verdict.whole is (prompt.ground is None) and verdict.ground is (
+        None if prompt.ground is None else False
+    )
     for things in (s.objects[1:], (*s.objects, replace(s.objects[0], form="none")), ()):
         verdict = judge_scene(prompt, Scene(s.ground, things, ()))
         assert not verdict.whole and not verdict.count
@@ -102,7 +104,9 @@ def test_the_interval_holds_the_share(number, data):
 
 
 def test_accuracy_counts_only_what_was_said():
-    yes = Verdict(whole=True, count=True, forms=True, colours=True, sizes=None, fills=True, relations=None, ground=None)
+    yes = Verdict(
+        whole=True, count=True, forms=True, colours=True, sizes=None, fills=True, relations=None, ground=None
+    )
     no = replace(yes, whole=False, colours=False, fills=None)
     found = Accuracy.of([yes, yes, no, yes])
     assert (found.number, found.whole) == (4, 0.75)

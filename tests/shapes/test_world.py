@@ -33,7 +33,9 @@ CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 indices = st.integers(0, 10**9)
 splits = st.sampled_from(SPLITS)
-drawn = st.builds(lambda i, split, seed: scene(i, split=split, seed=seed), indices, splits, st.integers(0, 99))
+drawn = st.builds(
+    lambda i, split, seed: scene(i, split=split, seed=seed), indices, splits, st.integers(0, 99)
+)
 
 
 def said_pairs(s: Scene) -> set[tuple[str, str]]:
@@ -87,12 +89,19 @@ def test_train_and_val_keep_clear_of_what_is_held_out(index, split):
 @given(indices)
 def test_held_out_splits_hold_what_they_say(index):
     s = scene(index, split="held-form-colour")
-    assert {(o.form, o.colour) for o in s.objects} & HELD_FORM_COLOUR and not said_pairs(s) & HELD_RELATION_FORM
+    assert {(o.form, o.colour) for o in s.objects} & HELD_FORM_COLOUR and not said_pairs(
+        s
+    ) & HELD_RELATION_FORM
     s = scene(index, split="held-relation-form")
-    assert said_pairs(s) & HELD_RELATION_FORM and not {(o.form, o.colour) for o in s.objects} & HELD_FORM_COLOUR
+    assert (
+        said_pairs(s) & HELD_RELATION_FORM and not {(o.form, o.colour) for o in s.objects} & HELD_FORM_COLOUR
+    )
     s = scene(index, split="held-count")
     assert len(s.objects) == 3
-    assert not said_pairs(s) & HELD_RELATION_FORM and not {(o.form, o.colour) for o in s.objects} & HELD_FORM_COLOUR
+    assert (
+        not said_pairs(s) & HELD_RELATION_FORM
+        and not {(o.form, o.colour) for o in s.objects} & HELD_FORM_COLOUR
+    )
 
 
 def test_held_pairs_name_each_form_and_colour_once():
@@ -178,7 +187,9 @@ def test_captions_say_what_the_prompt_wants_and_it_is_true(s):
 
 
 def test_the_vocabulary_is_small():
-    words = {w for split in SPLITS for i in range(500) for c in captions(scene(i, split=split)) for w in c.split()}
+    words = {
+        w for split in SPLITS for i in range(500) for c in captions(scene(i, split=split)) for w in c.split()
+    }
     assert len(words) <= 50
 
 

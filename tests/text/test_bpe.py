@@ -72,7 +72,9 @@ def test_dropout_keeps_the_text_and_repeats(batch: list[str], dropout: float, se
 
 def reference_dropout(word: str, p: float, rng: np.random.Generator) -> tuple[int, ...]:
     """Provilkov et al. 2020, algorithm 1, as printed: a step drops each candidate with probability p."""
-    merges = {tuple(pair): rank for rank, pair in enumerate(json.loads(TOKENIZER.to_json())["model"]["merges"])}
+    merges = {
+        tuple(pair): rank for rank, pair in enumerate(json.loads(TOKENIZER.to_json())["model"]["merges"])
+    }
     tokens = list(word)
     while True:
         candidates = [

@@ -43,7 +43,9 @@ def fit_config(**fields) -> FitConfig:
 
 def train(run: Path, stage=None, config: FitConfig | None = None, **options) -> nn.Module:
     with contextlib.closing(Report(run, io.StringIO())) as report:
-        return fit(stage or tiny.ToyStage(), config or fit_config(), run / "toy", report, device=CPU, **options)
+        return fit(
+            stage or tiny.ToyStage(), config or fit_config(), run / "toy", report, device=CPU, **options
+        )
 
 
 def events(run: Path, kind: str) -> list[dict]:
@@ -102,7 +104,9 @@ def test_a_loss_that_is_not_finite_stops_with_one_error_and_the_last_good_state(
     assert "\n" not in message and message.startswith("toy: loss nan")
     assert f"step {poison + 1};" in message and str(tmp_path / "toy") in message
     assert stage.closed
-    assert [p.name for p in checkpoints(tmp_path / "toy")] == [f"step_{n:08d}" for n in (10, 20) if n <= poison]
+    assert [p.name for p in checkpoints(tmp_path / "toy")] == [
+        f"step_{n:08d}" for n in (10, 20) if n <= poison
+    ]
     # Once the cause is gone, the run goes on as if nothing had been.
     assert_same_weights(train(tmp_path), train(tmp_path / "other"))
 
@@ -145,7 +149,9 @@ def test_a_plateau_halves_the_step_size_and_is_remembered(tmp_path):
         train(tmp_path, Stuck(), config, should_stop=lambda: next(calls) == 17)
     train(tmp_path, Stuck(), config)
     sizes = [s["lr"] for s in events(tmp_path, "step")]
-    assert sizes[5:] == pytest.approx(5 * [0.02] + 5 * [0.01] + 5 * [0.005] + 5 * [0.0025] + 5 * [0.00125], abs=1e-6)
+    assert sizes[5:] == pytest.approx(
+        5 * [0.02] + 5 * [0.01] + 5 * [0.005] + 5 * [0.0025] + 5 * [0.00125], abs=1e-6
+    )
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -157,7 +163,9 @@ def test_gradients_are_clipped(tmp_path):
     start = tiny.ToyStage().model
     config = fit_config(steps=1, clip=0.5, eps=1e3, lr=1.0, warmup=0, ema=0.0, schedule="constant")
     moved = train(tmp_path, Harsh(), config)
-    change = torch.cat([(a - b).flatten() for a, b in zip(start.parameters(), moved.parameters(), strict=True)])
+    change = torch.cat(
+        [(a - b).flatten() for a, b in zip(start.parameters(), moved.parameters(), strict=True)]
+    )
     assert change.norm().item() == pytest.approx(0.5 / 1e3, rel=0.01)
     assert events(tmp_path, "step")[0]["grad_norm"] > 1e4
 
@@ -176,7 +184,9 @@ def test_a_batch_in_parts_is_the_batch(tmp_path, count):
 def test_parts_at_once_are_the_parts_one_by_one(tmp_path, count):
     threads = torch.get_num_threads()
     one_by_one = train(tmp_path / "one", config=fit_config(eps=1e-4, accumulate=4))
-    at_once = [train(tmp_path / str(i), config=fit_config(eps=1e-4, accumulate=4, at_once=count)) for i in range(2)]
+    at_once = [
+        train(tmp_path / str(i), config=fit_config(eps=1e-4, accumulate=4, at_once=count)) for i in range(2)
+    ]
     assert_same_weights(*at_once)
     for a, b in zip(one_by_one.parameters(), at_once[0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -251,7 +261,9 @@ class Codes:
     """A token cache in memory."""
 
     def __init__(self, count: int, stream, views: int = 2):
-        self.values = torch.randint(stream.codebook_size, (count, views, stream.image_length), generator=tiny.seeded())
+        self.values = torch.randint(
+            stream.codebook_size, (count, views, stream.image_length), generator=tiny.seeded()
+        )
         self.captions = [[[f"a picture of {i}", f"number {i}"]] for i in range(count)]
         self.weights, self.views = np.ones(count), views
 

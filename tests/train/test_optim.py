@@ -45,7 +45,9 @@ def test_the_step_size_warms_up_then_follows_the_cosine():
 
 
 def test_constant_and_plateau_schedules():
-    assert [step_size(s, fit_config(schedule="constant")) for s in (4, 9, 50, 99)] == pytest.approx([0.05] + 3 * [0.1])
+    assert [step_size(s, fit_config(schedule="constant")) for s in (4, 9, 50, 99)] == pytest.approx(
+        [0.05] + 3 * [0.1]
+    )
     assert step_size(50, fit_config(schedule="plateau"), 0.25) == pytest.approx(0.025)
     assert step_size(50, fit_config(), 0.25) == step_size(50, fit_config())  # a cosine knows no plateau
 
@@ -107,7 +109,11 @@ def test_the_encoder_of_a_dvae_has_a_step_size_of_its_own():
 def test_weight_decay_and_width_apply_to_the_priors_matrices_only(width):
     model = tiny.prior(tiny.shape(), "row", "full", width=width)
     (matrices, others), (decayed, spared) = names_by_group(model)
-    hidden = {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in ("attention.qkv", "attention.out", "mlp_in", "mlp_out")}
+    hidden = {
+        f"blocks.{i}.{m}.weight"
+        for i in (0, 1)
+        for m in ("attention.qkv", "attention.out", "mlp_in", "mlp_out")
+    }
     assert decayed == hidden | {"text_head.weight", "image_head.weight"}
     assert decayed | spared == {name for name, _ in model.named_parameters()} and not decayed & spared
     assert {n for n in spared if "embedding" in n or "position" in n} == {

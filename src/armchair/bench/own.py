@@ -22,7 +22,9 @@ from armchair.sample.next_token import Settings
 
 def prior(job: Job) -> Prior:
     """A prior of the job's sizes; weights that start at zero are random too."""
-    shape = StreamShape(text_vocab_size=job.text_vocab, text_length=job.text, codebook_size=job.codebook, grid=job.grid)
+    shape = StreamShape(
+        text_vocab_size=job.text_vocab, text_length=job.text, codebook_size=job.codebook, grid=job.grid
+    )
     config = PriorConfig(
         d_model=job.width, n_layer=job.depth, n_head=job.heads, attention=(job.pattern,), last_attention=None
     )

@@ -17,7 +17,9 @@ def same_captions(captions: Sequence[str]) -> Tensor:
     return kind[:, None] == kind
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor, wrong: Tensor | None = None) -> Tensor:
+def contrastive_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, same: Tensor, wrong: Tensor | None = None
+) -> Tensor:
     """Symmetric InfoNCE (Radford et al., 2021, figure 3), a mean in nats.
 
     images, texts: (B, E); same: (B, B) bool, the diagonal among it: targets are shared among captions that are the

@@ -23,7 +23,9 @@ CELL = 160  # pixels, about
 FREQUENT = 30
 
 
-def inspect(source: Source, config: DataConfig, *, sheet: Path | None, limit: int | None = None) -> dict[str, Any]:
+def inspect(
+    source: Source, config: DataConfig, *, sheet: Path | None, limit: int | None = None
+) -> dict[str, Any]:
     """Read every sample (or the first `limit`) and count; write a contact sheet as PNG to `sheet` if given.
 
     Returns plain data: `images` (usable), `broken` (cause -> number), `captions`, `caption_words` (min,

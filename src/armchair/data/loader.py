@@ -76,7 +76,9 @@ class Order:
         if isinstance(n_or_weights, np.ndarray):
             weights = self.weights = n_or_weights.astype(np.float64)
             if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-                raise RequestError("sampling weights: expected finite numbers, none below 0, not all of them 0")
+                raise RequestError(
+                    "sampling weights: expected finite numbers, none below 0, not all of them 0"
+                )
         self.n = len(n_or_weights) if isinstance(n_or_weights, np.ndarray) else int(n_or_weights)
         if self.n < 1:
             raise RequestError("no samples to visit")
@@ -188,7 +190,9 @@ def sample_weights(source: Source, config: DataConfig) -> np.ndarray | None:
         if mean == 0:
             raise RequestError("weights: every sample has the factor 0, so there is nothing to visit")
         weights /= mean
-        weights[~usable] = 1  # the broken are met as often as the others, so that their share is judged rightly
+        weights[~usable] = (
+            1  # the broken are met as often as the others, so that their share is judged rightly
+        )
     return weights
 
 

@@ -83,7 +83,9 @@ def best_of(context: Context) -> Section:
                 bands=bands,
             )
         )
-    section.tables.append(Table(title="Best of N", columns=columns, rows=rows, features=named(network)))
+    section.tables.append(
+        Table(title="Best of N", columns=columns, rows=rows, features=named(network))
+    )
     section.pictures.append(
         line_plot(
             "best-of-score",
@@ -139,7 +141,11 @@ def diversity(context: Context) -> Section:
             f"{len(captions)} held-out captions, {each} drawings each with the bundle's own settings; means over "
             "prompts of the mean over pairs. Cosine distances between features, 0 the same and 1 unrelated."
         ),
-        tables=[Table(title="Distances", columns=("", "mean"), rows=rows, features=named(network))],
+        tables=[
+            Table(
+                title="Distances", columns=("", "mean"), rows=rows, features=named(network)
+            )
+        ],
         pictures=[context.sheet("diversity", shown, labels, "Eight drawings of each prompt in a row")],
     )
 

@@ -72,7 +72,9 @@ def probe(context: Context) -> Section:
                 features=named(network),
             )
         ],
-        pictures=[context.sheet("probe", shown, labels, "Top halves given, bottom halves drawn, a row a change")],
+        pictures=[
+            context.sheet("probe", shown, labels, "Top halves given, bottom halves drawn, a row a change")
+        ],
     )
 
 

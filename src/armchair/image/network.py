@@ -92,7 +92,9 @@ def logit_laplace_log_prob(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
 
     f(x | mu, b) = 1 / (2 b x (1 - x)) * exp(-|logit(x) - mu| / b).
     """
-    return -math.log(2.0) - log_b - torch.log(x) - torch.log1p(-x) - (torch.logit(x) - mu).abs() * torch.exp(-log_b)
+    return (
+        -math.log(2.0) - log_b - torch.log(x) - torch.log1p(-x) - (torch.logit(x) - mu).abs() * torch.exp(-log_b)
+    )
 
 
 class Block(nn.Module):
@@ -102,7 +104,9 @@ class Block(nn.Module):
         super().__init__()
         n_mid = n_out // 4
         widths = (n_in, n_mid, n_mid, n_mid, n_out)
-        self.convs = nn.ModuleList(conv(a, b, k) for a, b, k in zip(widths[:-1], widths[1:], kernels, strict=True))
+        self.convs = nn.ModuleList(
+            conv(a, b, k) for a, b, k in zip(widths[:-1], widths[1:], kernels, strict=True)
+        )
         self.skip = conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.gain = gain
 

@@ -14,7 +14,9 @@ LINE_HEIGHT = 15
 MAX_LINES = 4
 
 
-def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] | None, columns: int, scale: int) -> Image.Image:
+def contact_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str] | None, columns: int, scale: int
+) -> Image.Image:
     """An RGB sheet of `images` in reading order, `columns` a row, on white, labels wrapped under them.
 
     Every image is enlarged `scale` times with crisp pixels. A label longer than four lines ends in an

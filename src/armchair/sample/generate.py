@@ -53,7 +53,9 @@ class Decoder(Protocol):
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
     """(len(candidates), length) float64 in [0, 1): each candidate's own stream, from (seed, candidate)."""
-    rows = [torch.rand(length, dtype=torch.float64, generator=generator(seed, "candidate", c)) for c in candidates]
+    rows = [
+        torch.rand(length, dtype=torch.float64, generator=generator(seed, "candidate", c)) for c in candidates
+    ]
     return torch.stack(rows)
 
 
@@ -254,7 +256,9 @@ def draw_codes(
 
 
 @torch.inference_mode()
-def draw_codes_uncached(prior: Prior, text_tokens: Tensor, uniforms: Tensor, settings: Settings) -> Tensor:
+def draw_codes_uncached(
+    prior: Prior, text_tokens: Tensor, uniforms: Tensor, settings: Settings
+) -> Tensor:
     """The literal version that `draw_codes` is tested against: the whole stream again for every token.
 
     text_tokens (B, T), uniforms (B, N) -> codes (B, S, S).

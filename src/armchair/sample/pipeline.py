@@ -232,7 +232,9 @@ class Artist:
                 f"bundle.json says {shape.text_vocab_size}"
             )
         self.bundle, self.model, self.device = bundle, model, device
-        self.image_tokenizer = load_part(lambda: make_image_tokenizer(image_config), bundle, "image_tokenizer", device)
+        self.image_tokenizer = load_part(
+            lambda: make_image_tokenizer(image_config), bundle, "image_tokenizer", device
+        )
         self._prior_config = prior_config
         self._eight_bits = None if exported(bundle) is None else _read_eight_bits(bundle, prior_config, shape)
         if ranker is None and "ranker" in bundle.parts:
@@ -416,7 +418,9 @@ class Artist:
         recorded = _grid_of(path, "codes", record.codes, self.grid, 0, self.image_tokenizer.codebook_size)
         forced = original = None
         if record.rectangle is not None and record.forced is not None:
-            forced = _grid_of(path, "forced", record.forced, self.grid, FREE, self.image_tokenizer.codebook_size)
+            forced = _grid_of(
+                path, "forced", record.forced, self.grid, FREE, self.image_tokenizer.codebook_size
+            )
             _rectangle(record.rectangle, None, self.resolution)
             original = _read_picture(path)
             if original.shape[:2] != (self.resolution, self.resolution):
@@ -442,7 +446,9 @@ class Artist:
             original=original,
         )
         drawing = self._drawing(plan, codes, rank=False)  # the recorded score stays, so that the same file comes out
-        return replace(drawing, model=record.model, scores=[record.score], ranker=record.ranker, weights=record.weights)
+        return replace(
+            drawing, model=record.model, scores=[record.score], ranker=record.ranker, weights=record.weights
+        )
 
     def rank(self, images: Image.Image | Sequence[Image.Image], prompt: str) -> list[float]:
         """Scores of images for a prompt, as `Ranker.rank`. Raises RequestError where there is no ranker, too."""
@@ -547,7 +553,9 @@ class Artist:
                 images[i] = _keep_outside(image, plan.original, plan.rectangle)
         return images
 
-    def scores(self, plans: Sequence[Plan], images: Sequence[Image.Image], codes: np.ndarray) -> list[float | None]:
+    def scores(
+        self, plans: Sequence[Plan], images: Sequence[Image.Image], codes: np.ndarray
+    ) -> list[float | None]:
         """How good each picture, of codes (n, S, S), is for the prompt of its plan; None where nothing ranks.
 
         The ranker's score, and `naturalness` times what `likelihoods` says. By Bayes' rule a picture is likely for a
@@ -791,7 +799,9 @@ def check_free(paths: Sequence[Path], force: bool) -> None:
     taken: set[Path] = set()
     for path in paths:
         if path in taken:
-            raise RequestError(f"two pictures would be written to {path}; draw them one at a time, or change --out")
+            raise RequestError(
+                f"two pictures would be written to {path}; draw them one at a time, or change --out"
+            )
         taken.add(path)
         if os.path.lexists(path) and (path.is_dir() or not force):
             raise RequestError(f"{path} is there already: choose another name, or --force")
@@ -823,7 +833,9 @@ def _rectangle(redraw: tuple[int, ...] | None, keep_top: float | None, resolutio
     if redraw is None:
         share = 0.5 if keep_top is None else keep_top
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise RequestError(f"keep_top: expected a share of the height from 0 to less than 1, got {share!r}")
+            raise RequestError(
+                f"keep_top: expected a share of the height from 0 to less than 1, got {share!r}"
+            )
         return 0, min(round(share * resolution), resolution - 1), resolution, resolution
     if keep_top is not None:
         raise RequestError("give either keep_top or redraw, not both")
@@ -852,9 +864,13 @@ def _parse_record(path: Path) -> Record:
         _whole("seed", record.seed, 0, MAX_SEED)
         _whole("candidate", record.candidate, 0, MAX_CANDIDATES - 1)
     except RequestError as error:
-        raise RequestError(f"{path}: its armchair metadata is not what this version writes: {error}") from None
+        raise RequestError(
+            f"{path}: its armchair metadata is not what this version writes: {error}"
+        ) from None
     if (record.kind == "complete") != (record.rectangle is not None and record.forced is not None):
-        raise RequestError(f"{path}: its armchair metadata is damaged: a completion has a rectangle and forced codes")
+        raise RequestError(
+            f"{path}: its armchair metadata is damaged: a completion has a rectangle and forced codes"
+        )
     return record
 
 
@@ -864,7 +880,9 @@ def _grid_of(
     if [len(row) for row in rows] != [side] * side:
         raise RequestError(f"{path}: its armchair metadata is damaged: expected {side} x {side} {name}")
     if not all(low <= code < codebook_size for row in rows for code in row):
-        raise RequestError(f"{path}: its armchair metadata is damaged: expected {name} of {low} to {codebook_size - 1}")
+        raise RequestError(
+            f"{path}: its armchair metadata is damaged: expected {name} of {low} to {codebook_size - 1}"
+        )
     return np.array(rows, dtype=np.int64)
 
 

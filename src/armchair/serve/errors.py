@@ -44,7 +44,9 @@ def error_answer(path: str, error: HTTPException) -> Response:
     """The answer to a request for `path`."""
     message = str(error.detail)
     if path.startswith("/v1/") or path == "/v1":
-        content = error_object(error.status_code, message, getattr(error, "param", None), getattr(error, "code", None))
+        content = error_object(
+            error.status_code, message, getattr(error, "param", None), getattr(error, "code", None)
+        )
     else:
         content = {"detail": message}
     return Json(content, status_code=error.status_code, headers=dict(error.headers or {}))

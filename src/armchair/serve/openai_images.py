@@ -479,7 +479,9 @@ def _image_and_rectangle(files: Mapping[str, bytes], resolution: int) -> tuple[I
     image = read_picture(files["image"], "image")
     if "mask" not in files:
         if image.mode != "RGBA":
-            raise RequestError(f"mask: {POSSIBLE}, of `mask` or of `image` itself; neither was given")
+            raise RequestError(
+                f"mask: {POSSIBLE}, of `mask` or of `image` itself; neither was given"
+            )
         return image, rectangle_of(image, resolution)
     mask = read_picture(files["mask"], "mask")
     if mask.size != image.size:

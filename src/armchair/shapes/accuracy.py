@@ -72,7 +72,8 @@ def _marks(prompt: Prompt, chosen: tuple[Object | None, ...]) -> dict[str, list[
         "sizes": [o is not None and o.size == w.size for w, o in pairs if w.size],
         "fills": [o is not None and o.fill == w.fill for w, o in pairs if w.fill],
         "relations": [
-            a is not None and b is not None and relation_of(a, b) == relation for relation, (a, b) in neighbours
+            a is not None and b is not None and relation_of(a, b) == relation
+            for relation, (a, b) in neighbours
         ],
     }
 

@@ -95,7 +95,9 @@ def _two(scene: Scene, terse: list[Wanted], natural: list[Wanted], full: list[Wa
     )
 
 
-def _three(scene: Scene, terse: list[Wanted], natural: list[Wanted], full: list[Wanted]) -> tuple[Prompt, ...]:
+def _three(
+    scene: Scene, terse: list[Wanted], natural: list[Wanted], full: list[Wanted]
+) -> tuple[Prompt, ...]:
     ground = scene.ground
     on = f" on a {ground} ground"
     a, b, c = map(_noun, natural)
@@ -110,7 +112,9 @@ def _three(scene: Scene, terse: list[Wanted], natural: list[Wanted], full: list[
 
 
 def _natural(o: Object) -> Wanted:
-    return Wanted(o.form, o.colour, None if o.size == "medium" else o.size, None if o.fill == "solid" else o.fill)
+    return Wanted(
+        o.form, o.colour, None if o.size == "medium" else o.size, None if o.fill == "solid" else o.fill
+    )
 
 
 def _noun(want: Wanted) -> str:

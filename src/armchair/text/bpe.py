@@ -144,7 +144,9 @@ class TextTokenizer:
             places.setdefault(word or 0, []).append(place)
         return [(self.decode(encoding.ids[i] for i in word), word) for word in places.values()]
 
-    def _encode_with_dropout(self, texts: Sequence[str], p: float, rng: np.random.Generator) -> list[list[int]]:
+    def _encode_with_dropout(
+        self, texts: Sequence[str], p: float, rng: np.random.Generator
+    ) -> list[list[int]]:
         # Whether a step's best merge is skipped is a Bernoulli process that runs on through the words, so we
         # need draw only how many merges go well before the next skip: a word with fewer comes from the cache.
         skips = _Gaps(p, rng)
@@ -217,7 +219,9 @@ class _Gaps:
 def _untrained() -> Tokenizer:
     hf = Tokenizer(models.BPE())
     hf.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is a word like any other
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=True
+    )  # the first word is a word like any other
     hf.decoder = decoders.ByteLevel()
     return hf
 

@@ -1,9 +1,9 @@
 """Checkpoints of a stage in training: safetensors and JSON only, written beside their place and renamed into it.
 
-FOLDER/step_00000200/weights.safetensors    the weights
-                     average.safetensors    their moving average
-                     optimizer.safetensors  the optimiser's moments, by parameter name
-                     state.json             step, schedule, digests of the files above
+    FOLDER/step_00000200/weights.safetensors    the weights
+                         average.safetensors    their moving average
+                         optimizer.safetensors  the optimiser's moments, by parameter name
+                         state.json             step, schedule, digests of the files above
 """
 
 import hashlib

@@ -1,13 +1,13 @@
 """A whole recipe, stage after stage, in one run folder, to a bundle.
 
-RUN/recipe.json            the recipe as it was resolved, written before step 1
-    log.jsonl  sheets/  tensorboard/
-    text_tokenizer.json
-    autoencoder/           checkpoints of stage 1's start, where the recipe has one
-    image_tokenizer/       checkpoints of stage 1
-    codes/                 token caches of stage 2
-    prior/                 checkpoints of stage 2
-    bundle/                what the run is for
+    RUN/recipe.json            the recipe as it was resolved, written before step 1
+        log.jsonl  sheets/  tensorboard/
+        text_tokenizer.json
+        autoencoder/           checkpoints of stage 1's start, where the recipe has one
+        image_tokenizer/       checkpoints of stage 1
+        codes/                 token caches of stage 2
+        prior/                 checkpoints of stage 2
+        bundle/                what the run is for
 """
 
 import hashlib
@@ -203,7 +203,9 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        write_bundle(out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights)
+        write_bundle(
+            out, info=info, card=render_card(info), text_tokenizer=text_tokenizer.to_json(), weights=weights
+        )
         self.report.message(f"bundle written to {out}")
         return out
 
@@ -256,12 +258,7 @@ class Run:
 
 
 def start_run(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    resume: bool,
-    report_stream=None,
-    **options,  # type: ignore[no-untyped-def]
+    recipe: Recipe, folder: Path, *, resume: bool, report_stream=None, **options  # type: ignore[no-untyped-def]
 ) -> Run:
     """Open a run folder. Raises RequestError where it holds another run, or one that `resume` was not said for.
 
