@@ -1,5 +1,6 @@
 """What commands set for the libraries below PyTorch, and whom it must not touch."""
 
+import os
 import subprocess
 import sys
 
@@ -43,8 +44,6 @@ def test_nothing_is_set_by_importing():
 
 
 def test_drawing_sets_it_for_its_process(monkeypatch, tmp_path):
-    import os
-
     monkeypatch.delenv(ISA, raising=False)
     assert main(["draw", "a red apple", "-n", "8", "--out", str(tmp_path), "--model", "no-such-model"]) == 2
     assert ISA not in os.environ
@@ -55,12 +54,15 @@ def test_drawing_sets_it_for_its_process(monkeypatch, tmp_path):
 @pytest.mark.parametrize("weights", [w for w in WEIGHTS if w != "int8" or exact_products()])
 def test_the_first_candidates_are_the_same_among_few_and_many(weights, tmp_path):
     """Few are drawn in another environment than many, which holds for a whole process: so in one process each."""
+
+    def run(*arguments):
+        subprocess.run([sys.executable, "-m", "armchair", *map(str, arguments)], check=True, capture_output=True)
+
     drawn = {}
     for count in (2, 9):
         out = tmp_path / str(count)
-        command = ["draw", "a red apple", "--seed", "3", "-n", str(count), "--weights", weights, "--out", str(out)]
-        subprocess.run([sys.executable, "-m", "armchair", *command], check=True, capture_output=True)
+        run("draw", "a red apple", "--seed", 3, "-n", count, "--weights", weights, "--out", out)
         records = map(read_record, out.glob("*.png"))
         drawn[count] = {record["candidate"]: record["codes"] for record in records if record["candidate"] < 2}
     assert len(drawn[2]) == 2 and drawn[2] == drawn[9]
-    assert main(["redraw", str(next((tmp_path / "9").glob("*.png"))), "--out", str(tmp_path / "again.png")]) == 0
+    run("redraw", next((tmp_path / "9").glob("*.png")), "--out", tmp_path / "again.png")

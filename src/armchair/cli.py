@@ -151,12 +151,10 @@ def complete(args: argparse.Namespace) -> None:
 
 def redraw(args: argparse.Namespace) -> None:
     with _opening():
-        from armchair.sample.pipeline import check_free, redraw_png, target_paths
-        from armchair.sample.png import read_record
+        from armchair.sample.pipeline import check_free, parse_record, redraw_png, target_paths
 
-        record = read_record(Path(args.image))  # a picture without one is refused before anything else
-        drawn_with = record.get("settings")
-        environment.for_drawing(GUIDED_ROWS, drawn_with.get("weights") if isinstance(drawn_with, dict) else None)
+        record = parse_record(Path(args.image))  # a picture without one is refused before anything else
+        environment.for_drawing(GUIDED_ROWS, record.weights)
         (target,) = target_paths(Path(args.out), f"{Path(args.image).stem} again", 1)
         check_free([target], args.force)
     began = time.perf_counter()

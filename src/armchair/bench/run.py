@@ -84,10 +84,8 @@ def run(job: Job, peer_python: str = sys.executable, extra: str | None = None) -
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads))
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     surroundings = {**os.environ, **threads, **offline}
-    if not peer and job.what == "sampling":
-        environment.for_drawing(
-            job.batch, job.system.removeprefix("armchair-"), surroundings
-        )  # as the commands that draw do
+    if not peer and job.what == "sampling":  # as the commands that draw do
+        environment.for_drawing(job.batch, job.system.removeprefix("armchair-"), surroundings)
     try:
         done = subprocess.run(
             [*place, json.dumps(wanted)],

@@ -409,7 +409,7 @@ class Artist:
         this machine draws other codes than the recorded ones.
         """
         path = Path(path)
-        record = _parse_record(path)
+        record = parse_record(path)
         if record.bundle != self.id:
             raise RequestError(
                 f"{path} was drawn with bundle {record.bundle.name} ({record.bundle.fingerprint[:12]}), and "
@@ -772,7 +772,7 @@ def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None 
 
     Raises as `load_artist` and `Artist.redraw`.
     """
-    record = _parse_record(Path(path))
+    record = parse_record(Path(path))
     asked = record.model if model is None else model
     if record.weights != "fp32" and device == "auto":
         device = "cpu"  # where alone such weights draw
@@ -853,7 +853,8 @@ def _keep_outside(drawn: Image.Image, original: np.ndarray, rectangle: Rectangle
     return Image.fromarray(pixels)
 
 
-def _parse_record(path: Path) -> Record:
+def parse_record(path: Path) -> Record:
+    """What a PNG of a single picture carries. Raises RequestError as `read_record`, and where it is damaged."""
     data = read_record(path)
     if data.get("kind") not in ("draw", "complete"):
         raise RequestError(f"{path}: only single pictures can be drawn again, this is a {data.get('kind')!r}")
