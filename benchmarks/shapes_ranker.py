@@ -115,12 +115,20 @@ def preferred(
 
 
 def best_of(
-    artist: Artist, split: str, objects: int, count: int, most: int, settings: dict, weights: bool = False
+    artist: Artist,
+    split: str,
+    objects: int,
+    count: int,
+    most: int,
+    settings: dict,
+    weights: bool = False,
+    skip: int = 0,
 ) -> dict:
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= most]
     right, possible = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
     of_each: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for i, prompt in enumerate(prompts(count, split=split, objects=objects)):
+    wanted = enumerate(prompts(skip + count, split=split, objects=objects))
+    for i, prompt in itertools.islice(wanted, skip, None):
         drawing = artist.draw(prompt.text, candidates=most, seed=i, **settings)
         whole = {c: judge(prompt, image).whole for c, image in zip(drawing.candidates, drawing.images, strict=True)}
         for n in sizes:
@@ -179,6 +187,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--pictures", type=int, default=500, help="of each split, for retrieval and swaps")
     parser.add_argument("--prompts", type=int, default=100, help="for best of N; 0: leave it out")
+    parser.add_argument("--skip", type=int, default=0, help="of those, leave so many out first: for choosing weights on")
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
     for name in DRAWING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")
@@ -209,7 +218,7 @@ def main() -> None:
             if split not in args.splits:
                 continue
             jobs[f"best of N {split} {objects}"] = lambda s=split, o=objects: best_of(
-                artist, s, o, args.prompts, args.most, settings, args.weights
+                artist, s, o, args.prompts, args.most, settings, args.weights, args.skip
             )
     results: dict = {"bundle": artist.bundle.fingerprint, "settings": settings, "caption_weight": ranker.caption_weight}
     for name, job in jobs.items():
