@@ -13,8 +13,9 @@ Variants (all where none is named):
     dvae            the paper's dVAE from a random start: tau falls from 1 to 1/16 and beta rises to 6.6, over the same
                     shares of the run as the paper's of its step-size schedule
     dvae-beta-B     the same with a constant beta of B
-    dvae-start      the recipe's: five updates of the autoencoder for each of the dVAE that its clusters become
-    vq, fsq         recipes/emoji-vq.yaml, recipes/emoji-fsq.yaml
+    dvae-start      recipes/emoji-dvae.yaml: five updates of the autoencoder for each of the dVAE that its clusters
+                    become
+    vq, fsq         recipes/emoji.yaml, recipes/emoji-fsq.yaml
     X+perceptual    X with the distance of features in an ImageNet network in its loss (dvae-start: in its last sixth)
 The optimiser and its step sizes are the same for all but dvae-start's last sixth, which has its own.
 
@@ -52,9 +53,10 @@ from armchair.train.recipe import Recipe, read_recipe
 from armchair.train.run import VALIDATION_IMAGES, Run, start_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+FILES = {"vq": "emoji.yaml", "fsq": "emoji-fsq.yaml"}
 PLAIN = ("dvae", "dvae-beta-0.3", "dvae-beta-1", "dvae-start", "vq", "fsq")
 VARIANTS = (*PLAIN, *(f"{name}+perceptual" for name in PLAIN))
-START_STEPS = 5  # updates of the autoencoder for one of the dVAE, as in recipes/emoji.yaml
+START_STEPS = 5  # updates of the autoencoder for one of the dVAE, as in recipes/emoji-dvae.yaml
 PROBE = 12  # updates that are timed
 SETTLING = 3  # of those, the first are slow
 OPTIMISER = {"lr": 2e-3, "matrix_lr": 0.05, "final_lr": 2e-5, "encoder_scale": 1.0}
@@ -74,15 +76,15 @@ def recipe_of(variant: str, args: argparse.Namespace, seed: int, steps: int, pri
         raise RequestError(f"unknown variant {variant!r}: {term!r} is not `perceptual`")
     training: dict[str, Any] = {"steps": steps, "warmup": max(1, min(50, steps // 10)), "min_psnr": -99, "min_usage": 0}
     sections: dict[str, Any] = {}
-    if kind in ("vq", "fsq"):
-        file = f"emoji-{kind}.yaml"
+    if kind in FILES:
+        file = FILES[kind]
     elif kind == "dvae-start":
-        file = "emoji.yaml"
+        file = "emoji-dvae.yaml"
         start = START_STEPS * steps
         sections["autoencoder_training"] = {"steps": start, "warmup": max(1, min(50, start // 10)), **rarely(start)}
         training["warmup"] = max(1, min(20, steps // 10))
     elif kind == "dvae" or kind.startswith("dvae-beta-"):
-        file = "emoji.yaml"
+        file = "emoji-dvae.yaml"
         shares = {name: max(1, steps * paper // PAPER_STEPS["all"]) for name, paper in PAPER_STEPS.items()}
         training |= {**OPTIMISER, "tau_start": 1.0, "tau_end": 1 / 16, "tau_steps": shares["tau"]}
         if kind == "dvae":
@@ -102,7 +104,7 @@ def recipe_of(variant: str, args: argparse.Namespace, seed: int, steps: int, pri
     overrides: dict[str, Any] = {"name": variant.replace("+", "-"), "seed": seed}
     overrides |= {"data.train": args.data, "data.val": args.val, "ranker": None, "ranker_training": None}
     overrides |= {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
-    if kind not in ("dvae-start", "vq", "fsq"):
+    if kind not in ("dvae-start", *FILES):
         overrides["autoencoder_training"] = None
     return read_recipe(RECIPES / file, overrides | args.set)
 

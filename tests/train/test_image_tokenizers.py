@@ -174,14 +174,21 @@ def test_a_recipe_comes_back_from_plain_data_with_its_kind(kind):
     assert from_dict(Recipe, to_dict(recipe)) == recipe
 
 
-@pytest.mark.parametrize("kind", ["vq", "fsq"])
+@pytest.mark.parametrize("kind", ["dvae", "fsq"])
 def test_a_recipe_of_another_kind_than_its_base_takes_over_what_both_know(kind):
     base, other = read_recipe(RECIPES / "emoji.yaml"), read_recipe(RECIPES / f"emoji-{kind}.yaml")
-    assert other.image_tokenizer.kind == kind and type(other.image_tokenizer_training) is ImageTokenizerTraining
-    assert other.autoencoder_training is None and base.autoencoder_training is not None
+    assert other.image_tokenizer.kind == kind
+    assert type(other.image_tokenizer_training) is IMAGE_TOKENIZER_TRAININGS[kind]
     for same in ("grid", "codebook_size", "n_hid", "stem_kernel", "min_log_scale"):
         assert getattr(other.image_tokenizer, same) == getattr(base.image_tokenizer, same)
     assert (other.data, other.prior, other.prior_training) == (base.data, base.prior, base.prior_training)
+
+
+def test_a_start_for_a_dvae_is_not_taken_over_by_another_kind(tmp_path):
+    """`base` may be any recipe: what only a dVAE has is left out."""
+    (tmp_path / "vq.yaml").write_text(f"base: {RECIPES / 'emoji-dvae.yaml'}\nname: x\nimage_tokenizer: {{kind: vq}}\n")
+    other = read_recipe(tmp_path / "vq.yaml")
+    assert type(other.image_tokenizer_training) is ImageTokenizerTraining and other.autoencoder_training is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,6 +52,22 @@ def test_constant_and_plateau_schedules():
     assert step_size(50, fit_config(), 0.25) == step_size(50, fit_config())  # a cosine knows no plateau
 
 
+def test_a_trapezoid_is_flat_and_then_falls_in_a_line():
+    config = fit_config(schedule="trapezoid", cooldown=0.5, final_lr=0.01)  # of 100 steps, ten of them warm-up
+    assert step_size(4, config) == pytest.approx(0.05)
+    assert [step_size(s, config) for s in (9, 30, 49)] == pytest.approx([0.1] * 3) and config.cooldown_step == 50
+    falling = [step_size(s, config) for s in range(49, 101)]
+    assert falling[-1] == pytest.approx(0.01)
+    assert [a - b for a, b in zip(falling, falling[1:], strict=False)] == pytest.approx([0.09 / 51] * 51)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 9_999])
+def test_a_trapezoid_of_any_length_falls_to_its_end(steps):
+    config = fit_config(schedule="trapezoid", steps=steps, warmup=0)
+    sizes = [step_size(s, config) for s in range(min(steps - 3, 0), steps)]
+    assert 0 <= config.cooldown_step < steps and 0 < sizes[-1] < 0.1
+
+
 def test_plateau_halves_after_patience_validations_without_a_best():
     plateau = Plateau(2)
     scales = []

@@ -55,6 +55,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob("step_*/state.json"))
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest whole checkpoint; 0 where there is none."""
+    return max((int(place.name.removeprefix("step_")) for place in checkpoints(folder)), default=0)
+
+
 def load_checkpoint(
     folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, plateau: Plateau
 ) -> int:

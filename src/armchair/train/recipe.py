@@ -14,7 +14,7 @@ from armchair.image.dvae import DVAEConfig
 from armchair.image.tokenizer import IMAGE_TOKENIZER_CONFIGS, ImageTokenizerConfig
 from armchair.prior.transformer import BASE_WIDTH, PriorConfig
 
-SCHEDULES = ("cosine", "constant", "plateau")
+SCHEDULES = ("cosine", "constant", "plateau", "trapezoid")
 PRECISIONS = ("auto", "fp32", "bf16")
 RANKER_LOSSES = ("softmax", "sigmoid")
 
@@ -46,10 +46,11 @@ class FitConfig:
     accumulate: int = 1  # a batch is computed in this many parts
     at_once: int = 1  # parts computed at the same time on a CPU, each with its share of the threads
     lr: float
-    final_lr: float = 0.0  # where a cosine schedule ends
+    final_lr: float = 0.0  # where a cosine or a trapezoid ends
     warmup: int = 100
     matrix_lr: float | None = None  # peak step size of Muon on the hidden matrices; none: AdamW on all, as in the paper
     schedule: str = "cosine"  # plateau: halved whenever the validation loss stops falling
+    cooldown: float = 0.2  # share of the steps, the last ones, over which a trapezoid falls linearly; flat before
     plateau_patience: int = 3  # validations without a new best before the step size is halved
     beta1: float = 0.9
     beta2: float = 0.999
@@ -81,6 +82,13 @@ class FitConfig:
             raise RequestError(f"matrix_lr: expected a number above 0, or null, got {self.matrix_lr}")
         if not 0 <= self.ema < 1:
             raise RequestError(f"ema: expected 0 or more and less than 1, got {self.ema}")
+        if not 0 < self.cooldown <= 1:
+            raise RequestError(f"cooldown: expected a share of the steps, above 0 and at most 1, got {self.cooldown}")
+
+    @property
+    def cooldown_step(self) -> int:
+        """The first update whose step size is below the peak, under a trapezoid."""
+        return self.steps - max(1, round(self.cooldown * self.steps))
 
 
 @dataclass(frozen=True, kw_only=True)

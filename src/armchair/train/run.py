@@ -43,7 +43,7 @@ from armchair.prior.transformer import Prior
 from armchair.runtime import autocast, generator, stream_seed
 from armchair.sample.weights import exported
 from armchair.text.bpe import TextTokenizer
-from armchair.train.checkpoint import checkpoints
+from armchair.train.checkpoint import checkpoints, newest_step
 from armchair.train.image_tokenizer import (
     AutoencoderStage,
     ImageTokenizerStage,
@@ -294,15 +294,28 @@ def start_run(
 def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
     """The sections that differ though something in the run was made with them.
 
-    Names, words and how the bundle draws and ranks may change at any time; a ranker, which nothing else needs, until it
-    is begun.
+    Names, words and how the bundle draws and ranks may change at any time; a prior and a ranker, which nothing else
+    needs, until they are begun; and how many steps there are, as long as no step so far depends on it (`_only_longer`).
     """
     begun, recipe = _without_caption_weight(begun), _without_caption_weight(recipe)
     free = {"name", "description", "licence", "limits", "drawing"}
-    if not checkpoints(folder / RankerStage.name):
-        free |= {"ranker", "ranker_training"}
+    for stage in (PriorStage.name, RankerStage.name):
+        if not checkpoints(folder / stage):
+            free |= {stage, f"{stage}_training"}
+    for name in (AutoencoderStage.name, ImageTokenizerStage.name, PriorStage.name, RankerStage.name):
+        if _only_longer(getattr(begun, f"{name}_training"), getattr(recipe, f"{name}_training"), folder / name):
+            free.add(f"{name}_training")
     sections = [f.name for f in fields(Recipe) if f.name not in free]
     return [name for name in sections if getattr(begun, name) != getattr(recipe, name)]
+
+
+def _only_longer(begun: FitConfig | None, now: FitConfig | None, folder: Path) -> bool:
+    """Whether two trainings differ in their length alone, and the step size is still flat in both at the newest step."""
+    if begun is None or now is None or begun.schedule != "trapezoid":
+        return False
+    if replace(begun, steps=now.steps, cooldown=now.cooldown) != now:
+        return False
+    return newest_step(folder) <= min(begun.cooldown_step, now.cooldown_step)
 
 
 def _without_caption_weight(recipe: Recipe) -> Recipe:
