@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--pictures", type=int, default=500, help="of each split, for retrieval and swaps")
     parser.add_argument("--prompts", type=int, default=100, help="for best of N; 0: leave it out")
-    parser.add_argument("--skip", type=int, default=0, help="of those, leave so many out first: for choosing weights on")
+    parser.add_argument("--skip", type=int, default=0, help="leave so many out before: for choosing weights on")
     parser.add_argument("--most", type=int, default=32, help="candidates a prompt")
     for name in DRAWING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="for best of N; else the bundle's own")

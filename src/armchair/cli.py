@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -289,6 +290,7 @@ def train(args: argparse.Namespace) -> int:
             folder,
             resume=args.resume,
             report_stream=sys.stderr,
+            command=_train_command(args),
             device=device,
             init=init,
             should_stop=should_stop,
@@ -304,6 +306,20 @@ def train(args: argparse.Namespace) -> int:
         finally:
             run.report.close()
     return 0
+
+
+def _train_command(args: argparse.Namespace) -> str:
+    """The command that makes such a run again, whatever folders its data lie in here."""
+
+    def travelling(text: str) -> str:
+        return re.sub(r"(?<![\w.}*-])(?:~|\.{1,2})?/(?:[^/\s,\[\]]+/)*(?=[^/\s,\[\]])", "", text)
+
+    words = ["armchair", "train", travelling(args.recipe)]
+    for flag, values in (("--data", args.data or ()), ("--init", [args.init] if args.init else ())):
+        words += [flag, *map(travelling, values)] if values else []
+    for item in args.set:
+        words += ["--set", travelling(item)]
+    return shlex.join(words)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,8 @@ def test_a_tokenizer_goes_on_from_a_bundle_of_its_kind(tmp_path):
     data = recipe_dict("vq")
     place = bundled(tmp_path / "run", data)
     artist = load_artist(str(place))
-    more = trained(tmp_path / "more", recipe_dict("vq", lr=1e-9, steps=1), init=artist.bundle)
+    data = recipe_dict("vq", lr=1e-9, steps=1) | {"init": {"image_tokenizer": "train"}}
+    more = trained(tmp_path / "more", data, init=artist.bundle)
     torch.testing.assert_close(more.up.weight, artist.image_tokenizer.up.weight)
     assert torch.isfinite(more.codebook).all()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from armchair.bundle import Bundle, read_bundle
 from armchair.config import from_dict, with_overrides
 from armchair.errors import RequestError
 from armchair.train.checkpoint import newest_step
 from armchair.train.loop import Interrupted
 from armchair.train.recipe import Recipe
-from armchair.train.run import Run, start_run
+from armchair.train.run import Run, recipe_for_init, start_run
 
 FIT = {"steps": 2, "batch_size": 4, "lr": 2e-3, "warmup": 0, "log_every": 1, "save_every": 1}
 RECIPE: dict[str, Any] = {
@@ -34,7 +36,9 @@ RECIPE: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def opened(folder: Path, changes: dict[str, Any] | None = None, stop: int | None = None, **options: Any) -> Iterator[Run]:
+def opened(
+    folder: Path, changes: dict[str, Any] | None = None, stop: int | None = None, **options: Any
+) -> Iterator[Run]:
     """A run, begun or gone on with; with `stop` as if Ctrl-C came after so many updates."""
     recipe = options.pop("recipe", None) or from_dict(Recipe, with_overrides(copy.deepcopy(RECIPE), changes or {}))
     asked = iter(range(1, 10**6))
@@ -106,3 +110,84 @@ def test_a_length_is_not_changed_once_the_cooldown_is_on(tmp_path):
         tmp_path / "run", {"prior_training.steps": 20}
     ):
         pass
+
+
+# What runs start from.
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    with opened(tmp_path_factory.mktemp("base") / "run") as run:
+        return read_bundle(run.bundle())
+
+
+def begun_from(bundle: Bundle, folder: Path, changes: dict[str, Any]) -> contextlib.AbstractContextManager[Run]:
+    recipe = recipe_for_init(from_dict(Recipe, with_overrides(copy.deepcopy(RECIPE), changes)), bundle)
+    return opened(folder, recipe=recipe, init=bundle)
+
+
+WORDS = {"data.captions": ["kumquat {caption}"]}  # which the bundle's tokenizer has never seen
+
+
+def test_tuning_keeps_the_tokenizers_and_trains_the_prior(tmp_path, bundle):
+    dvae = {"image_tokenizer.kind": "dvae", "image_tokenizer.code_channels": None, "image_tokenizer.resolution": 128}
+    sections = {name: dict(RECIPE[name]) for name in ("image_tokenizer", "data")}
+    del sections["image_tokenizer"]["code_channels"], dvae["image_tokenizer.code_channels"]
+    changes = {**sections, **dvae, "data.resolution": 128, "prior.d_model": 8, "prior_training.steps": 3, **WORDS}
+    with begun_from(bundle, tmp_path / "run", changes) as run:
+        tuned = read_bundle(run.bundle())
+    for part in ("text_tokenizer.json", "image_tokenizer.safetensors"):
+        assert (tuned.path / part).read_bytes() == (bundle.path / part).read_bytes()
+    assert not same(tuned.weights("prior"), bundle.weights("prior"))
+    assert tuned.info["recipe"]["image_tokenizer_training"] == bundle.info["recipe"]["image_tokenizer_training"]
+    assert tuned.info["metrics"]["image_tokenizer"] == bundle.info["metrics"]["image_tokenizer"]
+    assert {e["stage"] for e in events(tmp_path / "run", "begin")} == {"prior"}
+
+
+def test_tuning_trains_the_image_tokenizer_on_where_the_recipe_says_so(tmp_path, bundle):
+    little = {"image_tokenizer_training.lr": 1e-9, "image_tokenizer_training.steps": 1}
+    with begun_from(bundle, tmp_path / "run", {"init.image_tokenizer": "train", **little}) as run:
+        more = run.image_tokenizer()
+    torch.testing.assert_close(more.up.weight, bundle.weights("image_tokenizer")["up.weight"].float())
+    assert {e["stage"] for e in events(tmp_path / "run", "begin")} == {"image_tokenizer"}
+
+
+def test_tuning_takes_the_recipes_own_tokenizers_where_it_says_so(tmp_path, bundle):
+    """The prior's blocks are the bundle's, its tables of codes and words are new."""
+    own = {"init.image_tokenizer": "own", "init.text_tokenizer": "own", "prior_training.lr": 1e-5}
+    sizes = {"text_tokenizer.length": 14, "text_tokenizer.vocab_size": 320, "image_tokenizer.codebook_size": 24}
+    with begun_from(bundle, tmp_path / "run", own | sizes) as run:
+        assert run.image_tokenizer().codebook_size == 24
+        assert run.text_tokenizer().vocab_size == 320
+        prior = run.prior()
+    assert prior.shape.codebook_size == 24 and prior.shape.text_length == 14
+    first = {name: w.float() for name, w in bundle.weights("prior").items()}
+    moved = (prior.blocks[0].attention.qkv.weight - first["blocks.0.attention.qkv.weight"]).abs().max()
+    assert 0 < moved < 0.01  # ten small steps from there, and not another start: its weights have a spread of 0.25
+
+
+def test_a_run_goes_on_from_the_bundle_that_it_started_from(tmp_path, bundle):
+    changes = {"prior_training.steps": 1}
+    with begun_from(bundle, tmp_path / "run", changes) as run:
+        run.prior()
+    with begun_from(bundle, tmp_path / "run", changes):
+        pass
+    with opened(tmp_path / "other") as run:
+        other = dataclasses.replace(read_bundle(run.bundle()), fingerprint="0" * 64)
+    with pytest.raises(RequestError, match="started from the bundle tiny .*cannot go on with --init tiny .000000"):
+        begun_from(other, tmp_path / "run", changes).__enter__()
+    with pytest.raises(RequestError, match="cannot go on without --init"), opened(tmp_path / "run"):
+        pass
+    with pytest.raises(RequestError, match="was begun without --init"):
+        begun_from(bundle, tmp_path / "other", changes).__enter__()
+
+
+def test_the_bundle_says_the_command_that_made_each_of_its_figures(tmp_path):
+    with opened(tmp_path / "run", command="armchair train a.yaml") as run:
+        run.image_tokenizer()
+    with opened(tmp_path / "run", command="armchair train b.yaml") as run:
+        found = read_bundle(run.bundle()).info["metrics"]
+    assert {name: figures["command"] for name, figures in found.items()} == {
+        "image_tokenizer": "armchair train a.yaml",
+        "prior": "armchair train b.yaml",
+    }

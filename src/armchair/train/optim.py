@@ -111,8 +111,8 @@ def step_size(step: int, config: FitConfig, plateau_scale: float = 1.0) -> float
         left = max(1, config.steps - config.warmup)
         return warm * cosine(max(0, step - config.warmup), left, config.lr, config.final_lr)
     if config.schedule == "trapezoid":  # Zhai et al., "Scaling Vision Transformers", 2022, section 3.5
-        left = min(1.0, (config.steps - step) / (config.steps - config.cooldown_step + 1))
-        return warm * (config.final_lr + (config.lr - config.final_lr) * left)
+        high = min(1.0, (config.steps - step) / (config.steps - config.cooldown_step + 1))
+        return warm * (config.final_lr + (config.lr - config.final_lr) * high)
     return warm * config.lr * plateau_scale
 
 

@@ -203,6 +203,18 @@ class RankerTraining(FitConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a run that starts from a bundle (`--init`) takes from it. It is not looked at in other runs."""
+
+    text_tokenizer: str = "keep"  # or "own": one of the recipe's, from the recipe's captions
+    image_tokenizer: str = "keep"  # "train": goes on from the bundle's; "own": one of the recipe's, from nothing
+
+    def __post_init__(self) -> None:
+        check_name("text_tokenizer", self.text_tokenizer, ("keep", "own"))
+        check_name("image_tokenizer", self.image_tokenizer, ("keep", "train", "own"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawingConfig:
     """The sampling settings that the bundle carries as its defaults, and the prompts of the sample sheets."""
 
@@ -233,6 +245,7 @@ class Recipe:
     )
     prior_training: PriorTraining
     ranker_training: RankerTraining | None = None
+    init: InitConfig = field(default_factory=InitConfig)
     drawing: DrawingConfig = field(default_factory=DrawingConfig)
 
     def __post_init__(self) -> None:

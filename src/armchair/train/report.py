@@ -17,10 +17,11 @@ class Report:
     """Writes RUN/log.jsonl, RUN/sheets/*.png and, where tensorboard is installed, RUN/tensorboard/.
 
     `stream` gets the progress: one line that is redrawn on a terminal, a line now and then elsewhere.
+    `command` is what a stage's figures were made by, as the log remembers it.
     """
 
-    def __init__(self, run: Path, stream: TextIO | None = sys.stderr):
-        self.run, self.stream = run, stream
+    def __init__(self, run: Path, stream: TextIO | None = sys.stderr, command: str | None = None):
+        self.run, self.stream, self.command = run, stream, command
         (run / "sheets").mkdir(parents=True, exist_ok=True)
         self.log = (run / "log.jsonl").open("a", encoding="utf-8")
         self.board = _board(run)
@@ -42,7 +43,7 @@ class Report:
     def begin(self, stage: str, start: int, config: FitConfig) -> None:
         self.stage, self.config = stage, config
         self.started, self.start_step, self.last_line = time.time(), start, 0.0
-        self.record("begin", stage=stage, step=start, steps=config.steps)
+        self.record("begin", stage=stage, step=start, steps=config.steps, command=self.command)
         verb = f"going on from step {start}" if start else "starting"
         self.message(f"{stage}: {verb}, {config.steps} steps of {config.batch_size}")
 

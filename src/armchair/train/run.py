@@ -1,6 +1,7 @@
 """A whole recipe, stage after stage, in one run folder, to a bundle.
 
     RUN/recipe.json            the recipe as it was resolved, written before step 1
+        init.json              the bundle that it started from, where it did
         log.jsonl  sheets/  tensorboard/
         text_tokenizer.json
         autoencoder/           checkpoints of stage 1's start, where the recipe has one
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +61,17 @@ from armchair.train.report import Report
 
 logger = logging.getLogger(__name__)
 
+TOKENIZERS = ("text_tokenizer", "image_tokenizer")
+# The parts of a prior that speak of a tokenizer's entries: with another tokenizer they start anew.
+PRIOR_TABLES = {
+    "text_tokenizer": ("text_embedding.", "text_position.", "text_head."),
+    "image_tokenizer": (
+        "image_embedding.", "row_embedding.", "column_embedding.", "image_head.", "code_inputs.", "code_outputs.",
+    ),
+}  # fmt: skip
 STAGES = ("text-tokenizer", "image-tokenizer", "prior", "ranker")
 VALIDATION_IMAGES = 512
+INIT = "init.json"  # in a run's folder: the bundle that it started from
 
 
 class Run:
@@ -96,7 +107,8 @@ class Run:
         place = self.folder / "text_tokenizer.json"
         if place.exists():
             return TextTokenizer.from_json(place.read_text(encoding="utf-8"))
-        if self.init is not None and self.init.text_tokenizer is not None:
+        if self.init is not None and self.recipe.init.text_tokenizer == "keep":
+            assert self.init.text_tokenizer is not None  # as `recipe_for_init` makes sure of
             tokenizer = TextTokenizer.from_json(self.init.text_tokenizer)
         else:
             config = self.recipe.text_tokenizer
@@ -106,12 +118,14 @@ class Run:
         return tokenizer
 
     def image_tokenizer(self) -> ImageTokenizer:
-        recipe = self.recipe
+        recipe, wanted = self.recipe, self.recipe.init.image_tokenizer
         model = _initialised(lambda: make_image_tokenizer(recipe.image_tokenizer), recipe.seed, "image_tokenizer")
-        if self.init is not None:
+        if self.init is not None and wanted != "own":
             _load(model, self.init, "image_tokenizer")
+            if wanted == "keep":
+                return model.to(self.device).eval().requires_grad_(False)
         validation = fixed_images(self.val_source, VALIDATION_IMAGES, recipe.data.resolution)
-        if self.init is None and not checkpoints(self.folder / ImageTokenizerStage.name):
+        if (self.init is None or wanted == "own") and not checkpoints(self.folder / ImageTokenizerStage.name):
             model = self._with_start(model, validation)
         stage = ImageTokenizerStage(recipe, model, self.train_source, validation)
         average = self._fit(stage, recipe.image_tokenizer_training)
@@ -157,7 +171,8 @@ class Run:
         codebook = image_tokenizer.code_vectors
         model = _initialised(lambda: Prior(self.recipe.prior, shape, codebook), self.recipe.seed, "prior")
         if self.init is not None:
-            _load(model, self.init, "prior")
+            own = [name for name in TOKENIZERS if getattr(self.recipe.init, name) == "own"]
+            _load(model, self.init, "prior", without=tuple(p for name in own for p in PRIOR_TABLES[name]))
         stage = PriorStage(self.recipe, model, text_tokenizer, image_tokenizer, train, val)
         average = self._fit(stage, self.recipe.prior_training)
         assert isinstance(average, Prior)
@@ -173,7 +188,7 @@ class Run:
         model = _initialised(lambda: CLIP(config, shape), self.recipe.seed, "ranker")
         # The share of a batch's pairs that belong together; with the 32,768 of the sigmoid loss's paper, its -10.
         torch.nn.init.constant_(model.bias, -math.log(training.batch_size))
-        if self.init is not None and "ranker" in self.init.parts:
+        if self.init is not None and "ranker" in self.init.parts and self.recipe.init.text_tokenizer == "keep":
             _load(model, self.init, "ranker")
         pairs = fixed_pairs(self.val_source, VALIDATION_IMAGES, self.recipe.data)
         average = self._fit(RankerStage(self.recipe, training, model, tokenizer, self.train_source, pairs), training)
@@ -247,28 +262,44 @@ class Run:
         steps = {"image_tokenizer": recipe.image_tokenizer_training.steps, "prior": recipe.prior_training.steps}
         if recipe.ranker_training is not None:
             steps["ranker"] = recipe.ranker_training.steps
+        begun: dict[str, str] = {}
         for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
+            if event["event"] == "begin" and event.get("command"):
+                begun.setdefault(event["stage"], event["command"])
             if event["event"] == "validation" and event["step"] <= steps.get(event["stage"], 0):
                 skip = ("time", "event", "stage")
                 found[event["stage"]] = {k: v for k, v in event.items() if k not in skip}
-        for figures in found.values():
-            figures["command"] = f"armchair train recipes/{self.recipe.name}.yaml"
+        for stage, figures in found.items():
+            if command := begun.get(stage, self.report.command):
+                figures["command"] = command
+        if self.init is not None and recipe.init.image_tokenizer == "keep":
+            kept = self.init.info["metrics"].get(ImageTokenizerStage.name)
+            found = ({ImageTokenizerStage.name: kept} if kept else {}) | found
         return found
 
 
 def start_run(
-    recipe: Recipe, folder: Path, *, resume: bool, report_stream=None, **options  # type: ignore[no-untyped-def]
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    report_stream: TextIO | None = None,
+    command: str | None = None,
+    init: Bundle | None = None,
+    **options: Any,
 ) -> Run:
     """Open a run folder. Raises RequestError where it holds another run, or one that `resume` was not said for.
 
-    A run may go on with a recipe that differs in what nothing made so far depends on, see `_changes`.
+    A run may go on with a recipe that differs in what nothing made so far depends on, see `_changes`. `command` is what
+    the bundle will say that its figures were made by.
     """
     written = folder / "recipe.json"
     text = json.dumps(to_dict(recipe), indent=1, ensure_ascii=False)
     if written.exists():
         if not resume:
             raise RequestError(f"{folder} holds a run already; go on with --resume, or choose another --out")
+        _check_init(folder, init)
         begun = from_dict(Recipe, json.loads(written.read_text(encoding="utf-8")))
         if fixed := _changes(begun, recipe, folder):
             differ = f"{', '.join(fixed)} differ from {written}"
@@ -285,10 +316,27 @@ def start_run(
         raise RequestError("the ranker needs two held-out pictures or more: raise data.val_fraction, or give data.val")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if init is not None:
+            _write_text(folder / INIT, json.dumps({"name": init.name, "fingerprint": init.fingerprint}))
         _write_text(written, text)
     except OSError as error:
         raise RequestError(f"cannot write to {folder}: {error.strerror or error}") from None
-    return Run(recipe, folder, sources=sources, report=Report(folder, report_stream), **options)
+    report = Report(folder, report_stream, command)
+    return Run(recipe, folder, sources=sources, report=report, init=init, **options)
+
+
+def _check_init(folder: Path, init: Bundle | None) -> None:
+    """A run goes on from the bundle that it started from, or from none if it did from none."""
+    place = folder / INIT
+    begun = json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+    if begun is None and init is not None:
+        raise RequestError(f"{folder} was begun without --init; go on without it, or choose another --out")
+    if begun is not None and (init is None or init.fingerprint != begun["fingerprint"]):
+        came = "without --init" if init is None else f"with --init {init.name} ({init.fingerprint[:12]})"
+        raise RequestError(
+            f"{folder} started from the bundle {begun['name']} ({begun['fingerprint'][:12]}) and cannot go on {came}; "
+            "give that one to --init again"
+        )
 
 
 def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
@@ -310,7 +358,7 @@ def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _only_longer(begun: FitConfig | None, now: FitConfig | None, folder: Path) -> bool:
-    """Whether two trainings differ in their length alone, and the step size is still flat in both at the newest step."""
+    """Whether two trainings differ in their length alone, and the newest step is from before either cools down."""
     if begun is None or now is None or begun.schedule != "trapezoid":
         return False
     if replace(begun, steps=now.steps, cooldown=now.cooldown) != now:
@@ -329,19 +377,33 @@ def _without_caption_weight(recipe: Recipe) -> Recipe:
 def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
     """The recipe with the bundle's model sizes: fine-tuning trains the bundle's own model on other data.
 
-    Raises RequestError for a bundle that was exported: training starts from the weights, not from what rounding left.
+    What `recipe.init` keeps of the tokenizers is as it was when the bundle was made, their training included.
+    Raises RequestError for a bundle that was exported: training starts from the weights, not from what rounding left;
+    and for one that lacks something.
     """
     if (origin := exported(bundle)) is not None:
         raise RequestError(
             f"{bundle.path} was exported in {origin.format}, for drawing; start from the bundle that it came from, "
             f"{origin.name} ({origin.fingerprint[:12]})"
         )
+    for part in ("image_tokenizer", "prior"):
+        if part not in bundle.parts:
+            raise RequestError(f"{bundle.path} has no {part}, and cannot be trained on; start from one that draws")
+    if bundle.text_tokenizer is None and recipe.init.text_tokenizer == "keep":
+        raise RequestError(f"{bundle.path} has no text tokenizer to keep: set init.text_tokenizer=own")
     base = from_dict(Recipe, bundle.info["recipe"])
+    of_images: dict[str, Any] = {}
+    if recipe.init.image_tokenizer != "own":
+        of_images["image_tokenizer"] = base.image_tokenizer
+        of_images["data"] = replace(recipe.data, resolution=base.data.resolution)
+    if recipe.init.image_tokenizer == "keep":
+        for name in ("image_tokenizer_training", "autoencoder_training"):
+            of_images[name] = getattr(base, name)
+    length = recipe.text_tokenizer.length if recipe.init.text_tokenizer == "own" else base.text_tokenizer.length
     return replace(
         recipe,
-        data=replace(recipe.data, resolution=base.data.resolution),
-        text_tokenizer=replace(recipe.text_tokenizer, length=base.text_tokenizer.length),
-        image_tokenizer=base.image_tokenizer,
+        **of_images,
+        text_tokenizer=replace(recipe.text_tokenizer, length=length),
         prior=base.prior,
         ranker=None if recipe.ranker_training is None else base.ranker or recipe.ranker,
     )
@@ -372,8 +434,10 @@ def _initialised(make: Callable[[], nn.Module], seed: int, name: str):  # type: 
         return make()
 
 
-def _load(model: nn.Module, bundle: Bundle, part: str) -> None:
-    weights = {k: v.float() for k, v in bundle.weights(part).items()}
+def _load(model: nn.Module, bundle: Bundle, part: str, without: tuple[str, ...] = ()) -> None:
+    """Weights of a bundle into a model, but for those whose names begin as in `without`, which stay as they are."""
+    weights = {k: v.float() for k, v in bundle.weights(part).items() if not k.startswith(without)}
+    weights |= {k: v for k, v in model.state_dict().items() if k.startswith(without)} if without else {}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
