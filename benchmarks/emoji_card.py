@@ -1,8 +1,8 @@
 """Measured figures into a bundle's card, with the commands that made them.
 
-    armchair evaluate BUNDLE --data emoji/val-0000.tar emoji/heldout-0000.tar --train 'emoji/train-{0000..0004}.tar' \\
+    armchair evaluate BUNDLE --data emoji:val emoji:heldout --train emoji \\
         --suite memorising --pictures 600 --train-pictures 20000 --report memorising
-    python benchmarks/emoji_labels.py BUNDLE --data emoji --json labels.json
+    python benchmarks/emoji_labels.py BUNDLE --json labels.json
     python benchmarks/emoji_card.py BUNDLE --report memorising --labels labels.json
 
 The figures go into the metrics of bundle.json, and the card is rendered anew; the weights stay byte for byte. Only what

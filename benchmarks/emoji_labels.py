@@ -1,6 +1,6 @@
 """Whether an emoji model's drawings look like what was asked for, by the pictures that they are nearest to.
 
-    python benchmarks/emoji_labels.py emoji --data emoji --cache gallery.npz --json labels.json --sheet labels.png
+    python benchmarks/emoji_labels.py emoji --cache gallery.npz --json labels.json --sheet labels.png
 
 FOLDER is what `armchair data build emoji` writes. Each of the 200 training captions in emoji_prompts.txt is drawn with
 its candidates, and the best by the ranker is looked up in a gallery of all training pictures: nearest is the picture
@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from armchair.data.emoji_heldout import HELDOUT
-from armchair.data.sources import DataConfig, Source, digest, open_source
+from armchair.data.sources import DataConfig, Source, data_home, digest, open_source
 from armchair.eval.features import EfficientNetLite0, FeatureNetwork, named
 from armchair.image.pixels import square
 from armchair.image.sheet import contact_sheet
@@ -240,7 +240,7 @@ def held_out_lines() -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", required=True)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", default=data_home() / "emoji", help="where the set is")
     parser.add_argument("--list", type=Path, metavar="FILE", default=PROMPTS, help="the training captions")
     parser.add_argument("--candidates", type=int, default=16, metavar="N", help="of which the ranker keeps the best")
     parser.add_argument("--seed", type=int, default=0)
@@ -271,7 +271,7 @@ def main() -> None:
         if getattr(args, name) != parser.get_default(name):
             flags += f" --{name} {getattr(args, name)}"
     results: dict[str, Any] = {
-        "command": f"python benchmarks/emoji_labels.py {artist.bundle.name} --data emoji{flags}",
+        "command": f"python benchmarks/emoji_labels.py {artist.bundle.name}{flags}",
         "bundle": {"name": artist.bundle.name, "fingerprint": artist.bundle.fingerprint},
         "settings": {**vars(artist.settings), "weights": artist.weights, "candidates": args.candidates},
         "features": named(network),

@@ -1,6 +1,6 @@
 """The prompts that an emoji model is measured with and shown by, chosen by hashes before any of them was drawn.
 
-    python benchmarks/emoji_lists.py --data emoji
+    python benchmarks/emoji_lists.py
 
 writes two lists beside this file, the same for the same training pictures; FOLDER is what `armchair data build emoji`
 writes. `emoji_prompts.txt`: 200 captions of training pictures, each thing once, 67 of them with a skin tone.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from armchair.data.emoji_heldout import HELDOUT
-from armchair.data.sources import DataConfig, open_source
+from armchair.data.sources import DataConfig, data_home, open_source
 
 HERE = Path(__file__).parent
 PROMPTS, SHEET = HERE / "emoji_prompts.txt", HERE / "emoji_sheet_prompts.txt"
@@ -116,7 +116,7 @@ def read_list(path: Path) -> list[Line]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", required=True)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", default=data_home() / "emoji", help="where the set is")
     args = parser.parse_args()
     icons = read_icons(args.data)
     PROMPTS.write_text(written(choose_prompts(icons)), encoding="utf-8")

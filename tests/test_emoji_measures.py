@@ -267,7 +267,7 @@ def found_labels(bundle: Path, shards: Path, tmp_path_factory: pytest.TempPathFa
 def test_labels_of_a_bundle_are_measured_and_shown(found_labels, bundle):
     folder, out = found_labels
     found = json.loads((folder / "labels.json").read_text())
-    assert found["command"] == "python benchmarks/emoji_labels.py tiny --data emoji --list list.txt --candidates 3"
+    assert found["command"] == "python benchmarks/emoji_labels.py tiny --list list.txt --candidates 3"
     assert found["bundle"]["fingerprint"] == read_bundle(bundle).fingerprint
     assert [row["prompt"] for row in found["prompts"]] == [
         "red thing, flat",

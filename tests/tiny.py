@@ -177,7 +177,7 @@ class ToyStage:
         self.closed = False
         self.validated: list[float] = []
 
-    def batches(self, start_step: int) -> Generator[Tensor, None, None]:
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Tensor, None, None]:
         step = start_step
         try:
             while True:

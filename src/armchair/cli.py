@@ -351,6 +351,12 @@ def data_build(args: argparse.Namespace) -> None:
         for flag in flags:
             if name != args.name and getattr(args, flag) is not None:
                 raise RequestError(f"--{flag} is for the set {name}, not for {args.name}")
+    if args.out is None:
+        if args.name == "shapes":
+            raise RequestError("--out DIR is missing; shapes:train,length=1000 is the same world without a folder")
+        from armchair.data.sources import data_home
+
+        args.out = str(data_home() / "emoji")
     (_build_shapes if args.name == "shapes" else _build_emoji)(args)
 
 
@@ -821,7 +827,10 @@ def _build_flags(p: argparse.ArgumentParser) -> None:
         help="shapes: flat shapes with exact captions; emoji: icons in nine styles, fetched with npm",
     )
     p.add_argument(
-        "--out", required=True, metavar="DIR", help="a folder: NAME.png and NAME.txt a picture, or .tar shards of emoji"
+        "--out",
+        metavar="DIR",
+        help="a folder: NAME.png and NAME.txt a picture, or .tar shards of emoji (emoji, by default: where "
+        "`--data emoji` finds it, $ARMCHAIR_DATA or ~/.local/share/armchair)",
     )
     p.add_argument("--count", type=_whole(1), metavar="N", help="shapes: pictures (default: 20000)")
     p.add_argument("--seed", type=_whole(0), help="shapes: default: 0")
@@ -1090,7 +1099,7 @@ COMMANDS = {
         data_build,
         _build_flags,
         "write a built-in set of captioned images",
-        "armchair data build shapes --out my-shapes/ --count 1000\narmchair data build emoji --out emoji/",
+        "armchair data build shapes --out my-shapes/ --count 1000\narmchair data build emoji",
     ),
     "data inspect": Command(
         data_inspect,

@@ -22,6 +22,7 @@ from armchair.data import emoji
 from armchair.data.emoji_heldout import HELDOUT, SIBLINGS
 from armchair.data.sources import DataConfig, open_source
 from armchair.data.tar_shards import TarSource
+from armchair.errors import DataError, RequestError
 
 SIZE = 32
 
@@ -64,6 +65,23 @@ def refusal(capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("armchair: error: ")
     return line
+
+
+def test_without_out_the_set_is_built_where_its_name_finds_it(packages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ARMCHAIR_DATA", str(tmp_path / "home"))
+    with pytest.raises(DataError, match="`armchair data build emoji` builds it there"):
+        open_source(["emoji"], DataConfig())
+    assert main(["data", "build", "emoji", "--size", str(SIZE), "--workers", "1"]) == 0
+    assert str(tmp_path / "home/emoji") in capsys.readouterr().err
+    place = tmp_path / "home/emoji"
+    for name, split in (("emoji", "train"), *((f"emoji:{split}", split) for split in emoji.SPLITS)):
+        found, shards = open_source([name], DataConfig()), sorted(map(str, place.glob(f"{split}-*.tar")))
+        assert found.fingerprint() == open_source(shards, DataConfig()).fingerprint()
+    with pytest.raises(RequestError, match="did you mean 'val'"):
+        open_source(["emoji:vall"], DataConfig())
+    (place / "index.json").unlink()  # as in a set that is still being built
+    with pytest.raises(DataError, match="builds it there"):
+        open_source(["emoji"], DataConfig())
 
 
 @pytest.fixture(scope="module")

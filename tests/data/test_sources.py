@@ -276,6 +276,18 @@ def test_paths_that_are_not_data_say_what_was_expected(tmp_path):
         open_source([], CONFIG)
 
 
+def test_a_folder_under_the_name_of_a_built_in_set_is_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("shapes").mkdir()
+    Path("shapes/a.png").write_bytes(picture(0))
+    Path("shapes/a.txt").write_text("my own")
+    assert len(open_source(["shapes,length=3"], DataConfig())) == 3 and not caplog.records
+    assert len(open_source(["shapes"], DataConfig())) == 20_000
+    assert "shapes is the built-in set; for what lies here under that name write ./shapes" in caplog.text
+    own = open_source(["./shapes"], DataConfig())
+    assert len(own) == 1 and own[0].captions == ("my own",)
+
+
 def test_shapes_are_a_source():
     config = DataConfig(resolution=64)
     source = open_source(["shapes:train,length=4,seed=3"], config)

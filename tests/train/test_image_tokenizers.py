@@ -17,10 +17,10 @@ import torch
 import tiny
 from armchair.config import from_dict, to_dict, with_overrides
 from armchair.errors import RequestError, WorkError
-from armchair.image.tokenizer import IMAGE_TOKENIZER_CONFIGS
+from armchair.image.tokenizer import IMAGE_TOKENIZER_CONFIGS, make_image_tokenizer
 from armchair.sample.pipeline import load_artist
 from armchair.train.checkpoint import checkpoints
-from armchair.train.image_tokenizer import CodeFigures, check_codes
+from armchair.train.image_tokenizer import CodeFigures, ImageTokenizerStage, check_codes
 from armchair.train.loop import Interrupted
 from armchair.train.perceptual import Perceptual, mean_pictures
 from armchair.train.recipe import IMAGE_TOKENIZER_TRAININGS, DVAETraining, ImageTokenizerTraining, Recipe, read_recipe
@@ -138,6 +138,18 @@ def test_a_tokenizer_goes_on_from_a_bundle_of_its_kind(tmp_path):
     more = trained(tmp_path / "more", data, init=artist.bundle)
     torch.testing.assert_close(more.up.weight, artist.image_tokenizer.up.weight)
     assert torch.isfinite(more.codebook).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_codebook_that_the_whole_batch_moves_is_not_trained_by_several(tmp_path, kind):
+    with opened(tmp_path / "run", recipe_dict(kind)) as run:
+        model = make_image_tokenizer(run.recipe.image_tokenizer)
+        stage = ImageTokenizerStage(run.recipe, model, run.train_source, tiny.pictures(2, 64))
+        if kind == "dvae":
+            assert len(next(stage.batches(0, 1, 2))[0]) == 2
+        else:
+            with pytest.raises(RequestError, match=f"kind {kind} is moved by the whole batch"):
+                stage.batches(0, 1, 2)
 
 
 # Recipes.

@@ -12,7 +12,7 @@ from torch import nn
 
 import tiny
 from armchair.data.sources import DataConfig, open_source
-from armchair.errors import WorkError
+from armchair.errors import RequestError, WorkError
 from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.pixels import stack
 from armchair.prior.transformer import PriorConfig
@@ -326,6 +326,41 @@ def test_a_priors_batches_are_a_function_of_the_step():
     text, codes = batches[0]
     assert text.shape == (8, 6) and codes.shape == (8, 16) and text.dtype == codes.dtype == torch.int64
     assert not torch.equal(batches[0][1], batches[1][1])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_ranks_see_is_together_the_batch(world):
+    whole = next(prior_stage().batches(2))
+    shares = [next(prior_stage().batches(2, rank, world)) for rank in range(world)]
+    for of_all, *of_ranks in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.cat(of_ranks), of_all)
+    with pytest.raises(RequestError, match="a multiple of the number of ranks"):
+        next(prior_stage().batches(0, 0, 3))
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """A process that trains a prior together with another."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    stage = prior_stage(1, dropout=0.2)
+    report = Report(folder / f"rank{rank}", None)
+    average = fit(stage, stage.config, folder / "run", report, device=torch.device("cpu"), rank=rank, world=2)
+    torch.save(average.state_dict(), folder / f"{rank}.pt")
+    report.close()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """With the noise that one sees in two parts; one of the two writes."""
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    stage = prior_stage(2, dropout=0.2)
+    alone = train(tmp_path / "alone", stage, stage.config).state_dict()
+    for name, w in alone.items():
+        assert torch.equal(found[0][name], found[1][name])
+        torch.testing.assert_close(found[0][name], w, rtol=1e-3, atol=1e-4)
+    told = [(tmp_path / f"rank{rank}/log.jsonl").read_text() for rank in range(2)]
+    assert told[0].count('"step"') and not told[1]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.5])

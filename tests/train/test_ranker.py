@@ -152,6 +152,11 @@ def test_what_captions_count_may_change_after_training_and_their_sizes_not(tmp_p
         opened(layers=2)
 
 
+def test_a_batch_that_has_to_be_whole_is_not_shared(tmp_path):
+    with pytest.raises(RequestError, match="train the ranker in one process"):
+        next(stage(tmp_path).batches(0, 0, 2))
+
+
 def test_a_sheet_shows_the_best_pictures_of_each_prompt(tmp_path):
     s = stage(tmp_path)
     sheet = s.sheet(s.model.eval())

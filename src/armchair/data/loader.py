@@ -223,6 +223,17 @@ def load_item(
     raise DataError("100 broken samples one after the other; the data cannot be used")
 
 
+def share_of_batch(batch_size: int, rank: int, world: int) -> slice:
+    """The rows of a batch that are for `rank` of `world` processes. Raises RequestError for what does not fit."""
+    if batch_size < 1 or world < 1 or batch_size % world or not 0 <= rank < world:
+        raise RequestError(
+            f"batch_size {batch_size} on rank {rank} of {world}: expected a multiple of the number of ranks, "
+            f"and a rank from 0 to {world - 1}"
+        )
+    local = batch_size // world
+    return slice(rank * local, (rank + 1) * local)
+
+
 def batches(
     source: Source,
     config: DataConfig,
@@ -244,11 +255,7 @@ def batches(
     in what comes out. Closing the generator stops them. Raises RequestError for sizes that do not fit,
     DataError when more than 1 % of the samples are broken (see Skips).
     """
-    if batch_size < 1 or world < 1 or batch_size % world or not 0 <= rank < world:
-        raise RequestError(
-            f"batch_size {batch_size} on rank {rank} of {world}: expected a multiple of the number of ranks, "
-            f"and a rank from 0 to {world - 1}"
-        )
+    mine = share_of_batch(batch_size, rank, world)
     if threads < 1 or prefetch < 1:
         raise RequestError(f"expected 1 or more threads and prefetched batches, got {threads} and {prefetch}")
     if order is None:
@@ -258,11 +265,10 @@ def batches(
         raise RequestError(f"the order is of {order.n} samples, the source has {len(source)}")
     if skips is None:
         skips = Skips(len(source))
-    local = batch_size // world
 
     def items(step: int) -> Iterator[tuple[np.ndarray, str]]:
-        first = step * batch_size + rank * local
-        for position, i in enumerate(order.indices(first, local).tolist(), start=first):
+        first = step * batch_size + mine.start
+        for position, i in enumerate(order.indices(first, mine.stop - mine.start).tolist(), start=first):
             yield load_item(source, i, position, config, seed, skips)
 
     return _stream(items, start_step, threads, prefetch)

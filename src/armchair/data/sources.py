@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CROPS = ("random", "square")
-EXPECTED = "expected a folder of captioned images, .tar shards (globs, {0000..0004} ranges) or 'shapes'"
+EXPECTED = "expected a folder of captioned images, .tar shards (globs, {0000..0004} ranges), 'shapes' or 'emoji'"
+EMOJI_SPLITS = ("train", "val", "heldout")
 
 
 class Sample(NamedTuple):
@@ -158,13 +159,26 @@ class BuiltIn:
         return self.world.fingerprint()
 
 
+def data_home() -> Path:
+    """Where built-in sets are built: $ARMCHAIR_DATA, or armchair/ in $XDG_DATA_HOME, or ~/.local/share/armchair."""
+    if own := os.environ.get("ARMCHAIR_DATA"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "armchair"
+
+
+def built_in(path: str) -> str | None:
+    """The built-in set that a path names, as in `shapes:val,length=100` or `emoji`; None for any other path."""
+    found = re.match(r"(shapes|emoji)(?![^:,])", path)
+    return found and found[1]
+
+
 def open_source(paths: Sequence[str], config: DataConfig) -> Source:
     """One source of everything in `paths`, in that order.
 
     A path is a folder (images with NAME.txt beside them, or metadata.jsonl / metadata.csv with file_name and
-    text; subfolders too), a .tar shard, a glob or a `{0000..0004}` range of those, or a built-in world:
-    `shapes`, `shapes:val,length=1000,seed=3`. Raises DataError for a path that is missing, empty or
-    unreadable, RequestError for a wrong specification.
+    text; subfolders too), a .tar shard, a glob or a `{0000..0004}` range of those, or a built-in set: the world
+    `shapes`, `shapes:val,length=1000,seed=3`, or `emoji`, `emoji:val`, once it is built. Raises DataError for a path
+    that is missing, empty or unreadable, RequestError for a wrong specification.
     """
     sources = [_open(place, config) for path in paths for place in _expand(path)]
     if not sources:
@@ -253,14 +267,28 @@ def _open(path: str, config: DataConfig) -> Source:
     from armchair.data.folder import FolderSource
     from armchair.data.tar_shards import TarSource
 
-    if re.match(r"shapes(?![^:,])", path):
-        return _open_shapes(path, config)
+    if (name := built_in(path)) is not None:
+        if os.path.exists(path):
+            logger.warning("%s is the built-in set; for what lies here under that name write ./%s", path, path)
+        return _open_shapes(path, config) if name == "shapes" else _open_emoji(path, config)
     if os.path.isdir(path):
         return FolderSource(Path(path))
     if path.endswith(".tar") and os.path.exists(path):
         return TarSource(Path(path))
     problem = "unknown kind of file" if os.path.exists(path) else "no such file or folder"
     raise DataError(f"{path}: {problem}; {EXPECTED}")
+
+
+def _open_emoji(spec: str, config: DataConfig) -> Source:
+    """The emoji set, where `armchair data build emoji` puts it: `emoji`, or a split of it, `emoji:val`."""
+    split = spec.partition(":")[2] or "train"
+    if split not in EMOJI_SPLITS:
+        raise RequestError(f"{spec}: no such split: {nearest(split, EMOJI_SPLITS)}")
+    place = data_home() / "emoji"
+    shards = sorted(place.glob(f"{split}-*.tar"))
+    if not (shards and (place / "index.json").exists()):  # the index is written last
+        raise DataError(f"{spec}: the set is not in {place} yet; `armchair data build emoji` builds it there")
+    return open_source([str(shard) for shard in shards], config)
 
 
 def _open_shapes(spec: str, config: DataConfig) -> Source:

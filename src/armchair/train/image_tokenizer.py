@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from armchair.data.loader import batches
 from armchair.data.sources import Source
-from armchair.errors import WorkError
+from armchair.errors import RequestError, WorkError
 from armchair.image.autoencoder import Autoencoder, varied_crops
 from armchair.image.network import ImageTokenizer
 from armchair.image.pixels import square, stack, to_pil
@@ -60,13 +60,15 @@ class ImageStage:
         self.recipe, self.config, self.source, self.order_seed = recipe, config, source, order_seed
         self.validation = validation  # (B, 3, R, R)
 
-    def batches(self, start_step: int) -> Generator[Any, None, None]:
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
         return batches(
             self.source,
             self.recipe.data,
             batch_size=self.config.batch_size,
             seed=self.order_seed,
             start_step=start_step,
+            rank=rank,
+            world=world,
         )
 
     def parts(self, batch: Any, count: int) -> list[Any]:
@@ -93,6 +95,12 @@ class ImageTokenizerStage(ImageStage):
             for name, p in model.named_parameters():
                 if name.startswith(model.encoder_parts):
                     p.requires_grad_(False)
+
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
+        if world > 1 and type(self.model).after_update is not ImageTokenizer.after_update:
+            raise RequestError(f"a codebook of kind {self.model.config.kind} is moved by the whole batch: train the "
+                               "image tokenizer in one process")  # fmt: skip
+        return super().batches(start_step, rank, world)
 
     def settings(self, step: int) -> dict[str, float]:
         """What the schedules say at a step: temperature and KL weight of a dVAE; nothing for other kinds."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed
 from PIL import Image
 from torch import Tensor, nn
 
@@ -41,8 +42,11 @@ class Stage(Protocol):
     def model(self) -> nn.Module:
         """What is trained."""
 
-    def batches(self, start_step: int) -> Generator[Any, None, None]:
-        """Batches from `start_step` on, a pure function of the step."""
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
+        """Batches from `start_step` on, a pure function of the step; of `world` processes, the share of `rank`.
+
+        Raises RequestError where the stage has to see its batch whole.
+        """
 
     def parts(self, batch: Any, count: int) -> list[Any]:
         """A batch cut into `count` equal parts, for gradient accumulation."""
@@ -73,8 +77,15 @@ def fit(
     *,
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
+    rank: int = 0,
+    world: int = 1,
 ) -> nn.Module:
     """Train `stage` in `folder`, going on from its newest checkpoint if there is one; give the averaged model.
+
+    With a `world` of more than one, as many processes do this together, each with its `rank` and its share of every
+    batch, and average their gradients through the default group of `torch.distributed`, which whoever starts them has
+    joined them in. Rank 0 writes and tells. The parts of all ranks are numbered through, so that two ranks of one part
+    see the noise that one process sees in two parts. `should_stop()` must then say the same on every rank.
 
     Raises WorkError when the loss is not finite, Interrupted (after saving) when `should_stop()` turns true.
     """
@@ -85,11 +96,12 @@ def fit(
     start = load_checkpoint(folder, model, average, optimizer, plateau)
     if start >= config.steps:
         return average
-    report.begin(stage.name, start, config)
+    if rank == 0:
+        report.begin(stage.name, start, config)
 
     averaged, numbers = _numbers(average), _numbers(model)
-    batches = stage.batches(start)
-    workers = Workers(config, device)
+    batches = stage.batches(start, rank, world)
+    workers = Workers(config, device, rank)
     try:
         for step in range(start, config.steps):
             lr = step_size(step, config, plateau.scale)
@@ -100,6 +112,8 @@ def fit(
             batch = next(batches)
             waited = time.perf_counter() - waited
             metrics = workers.gradients(stage, batch, step)
+            if world > 1:
+                _average_gradients(model, world)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             _check_finite(stage.name, step, metrics["loss"], norm, folder)
             optimizer.step()
@@ -109,25 +123,35 @@ def fit(
             update_ema(averaged, numbers, config.ema, step)
 
             done, last = step + 1, step + 1 == config.steps
-            report.step(done, {**metrics, "grad_norm": norm, "lr": lr, "data_wait": waited})
+            if rank == 0:
+                report.step(done, {**metrics, "grad_norm": norm, "lr": lr, "data_wait": waited})
             if done % config.validate_every == 0 or last:
                 with autocast(device, config.precision):
                     figures = stage.validate(average)
                 plateau.observe(figures["loss"])
-                report.validation(done, figures)
-            if done % config.sheet_every == 0 or last:
+                if rank == 0:
+                    report.validation(done, figures)
+            if rank == 0 and (done % config.sheet_every == 0 or last):
                 with torch.no_grad():
                     report.sheet(done, stage.sheet(average))
             stop = should_stop()
-            if done % config.save_every == 0 or last or stop:
+            if rank == 0 and (done % config.save_every == 0 or last or stop):
                 save_checkpoint(folder, done, model, average, optimizer, plateau)
             if stop and not last:
                 raise Interrupted(f"stopped after step {done} of {stage.name}; the state is saved in {folder}")
     finally:
         batches.close()
         workers.close()
-    report.end()
+    if rank == 0:
+        report.end()
     return average
+
+
+def _average_gradients(model: nn.Module, world: int) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= world
 
 
 class Workers:
@@ -138,8 +162,9 @@ class Workers:
     Gradients are added in the order of the parts, so that the sums do not depend on who was first.
     """
 
-    def __init__(self, config: FitConfig, device: torch.device):
+    def __init__(self, config: FitConfig, device: torch.device, rank: int = 0):
         self.config, self.device = config, device
+        self.first_part = rank * config.accumulate
         self.threads = torch.get_num_threads()
         self.pool: ThreadPoolExecutor | None = None
         if config.at_once > 1 and device.type == "cpu":
@@ -153,7 +178,7 @@ class Workers:
 
         def forward(part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
             with autocast(self.device, self.config.precision):
-                loss, more = stage.loss(pieces[part], step, part)
+                loss, more = stage.loss(pieces[part], step, self.first_part + part)
             return loss / count, {"loss": loss.detach(), **more}
 
         def alone(part: int) -> dict[str, Tensor | float]:

@@ -1,5 +1,6 @@
 """Stage 2: the transformer over text and image tokens, on codes computed ahead (paper, section 2.2)."""
 
+import itertools
 import logging
 import math
 from collections.abc import Generator, Sequence
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from armchair.data.loader import Order, draw_caption
+from armchair.data.loader import Order, draw_caption, share_of_batch
 from armchair.data.token_cache import TokenCache
 from armchair.image.network import ImageTokenizer
 from armchair.image.pixels import to_pil
@@ -56,12 +57,11 @@ class PriorStage:
         self.order = Order(len(cache) if equal else cache.weights, recipe.seed)
         self.lookalikes = lookalikes(image_tokenizer.code_vectors, LOOKALIKES) if self.config.code_noise else None
 
-    def batches(self, start_step: int) -> Generator[Any, None, None]:
-        """(text tokens (B, T), codes (B, N)) from `start_step` on."""
-        step = start_step
-        while True:
-            yield self._batch(step)
-            step += 1
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
+        """(text tokens (B / world, T), codes (B / world, N)) from `start_step` on."""
+        mine = share_of_batch(self.config.batch_size, rank, world)
+        for step in itertools.count(start_step):
+            yield tuple(x[mine] for x in self._batch(step))
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         size, config = self.config.batch_size, self.recipe.text_tokenizer

@@ -15,7 +15,7 @@ from armchair.clip.model import CLIP
 from armchair.clip.negatives import NearMisses
 from armchair.data.loader import all_captions, batches, caption_choices
 from armchair.data.sources import DataConfig, Source
-from armchair.errors import WorkError
+from armchair.errors import RequestError, WorkError
 from armchair.image.pixels import BrokenSample, square, stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.runtime import stream_seed
@@ -69,8 +69,10 @@ class RankerStage:
         captions = all_captions(self.source, self.recipe.text_tokenizer.captions) if self.config.near_misses else ()
         return NearMisses(self.config.near_misses, captions)
 
-    def batches(self, start_step: int) -> Generator[Any, None, None]:
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
         """(images (B, 3, R, R), tokens (B, L), same (B, B), false tokens (B, M, L) or None) from `start_step` on."""
+        if world > 1:
+            raise RequestError("each caption is told from all others of the batch: train the ranker in one process")
         seed = self.recipe.seed
         found = batches(
             self.source,
