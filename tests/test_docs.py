@@ -1,9 +1,12 @@
 """What the documents say of commands, files and fields is so."""
 
+import argparse
 import dataclasses
 import json
 import re
+import runpy
 import shlex
+import sys
 import typing
 from pathlib import Path
 
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|&& )(armchair [a-z][^`\n]*)", re.MULTILINE)
-IMAGES = "docs/images/"  # made from a trained model
+MEASURED = re.compile(r"python\s+(benchmarks/[^`\n]+)")
 
 
 def commands() -> list[str]:
@@ -41,8 +44,34 @@ def test_the_documents_commands_are_understood(command, monkeypatch):
     assert len(understood) == 1
 
 
+class Parsed(Exception):
+    """A benchmark has come to its flags."""
+
+
+def benchmark_commands() -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in (*DOCUMENTS, ROOT / "CHANGELOG.md")]
+    return sorted({" ".join(c.split()) for text in texts for c in MEASURED.findall(text)})
+
+
+@pytest.mark.parametrize("command", benchmark_commands())
+def test_the_documents_benchmarks_are_there_and_know_their_flags(command, monkeypatch):
+    script, *words = shlex.split(command)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self, *given, **options):
+        parse(self, words if words else [])
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(Parsed if words else (Parsed, SystemExit)) as end:  # spoken of without its arguments
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert isinstance(end.value, Parsed) or end.value.code == 2
+
+
 def test_there_are_commands_to_check():
     assert 'armchair draw "a red apple"' in commands() and len(commands()) >= 8
+    assert len(benchmark_commands()) >= 20
 
 
 def test_the_readme_opens_with_two_commands_of_one_line():
@@ -70,7 +99,7 @@ def test_the_map_has_every_source_file_and_no_other():
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        if "://" in target or target.startswith(IMAGES):
+        if "://" in target:
             continue
         name, _, anchor = target.partition("#")
         place = path.parent / name if name else path
