@@ -148,7 +148,8 @@ def test_image_tokenizers_are_compared_and_what_is_done_is_not_done_again(tmp_pa
     monkeypatch.setattr(tokenizers, "PROMPTS", 3)
     ranked = write_tiny_bundle(tmp_path / "ranked", ranked=True)
     small = [
-        "data.captions=['{caption}']", "data.weights={}", "data.balance=null", "text_tokenizer.vocab_size=300",
+        "data.captions=['{caption}']", "data.weights={}", "data.balance=null", "data.resolution=64",
+        "image_tokenizer.resolution=64", "image_tokenizer.patch=8", "text_tokenizer.vocab_size=300",
         "text_tokenizer.length=12", "image_tokenizer.n_hid=8", "image_tokenizer.n_init=8", "prior.d_model=16",
         "prior.n_layer=1", "prior.n_head=2", "prior.code_features=4", "prior_training.batch_size=4",
         "image_tokenizer_training.batch_size=4",
@@ -183,7 +184,7 @@ def test_image_tokenizers_are_compared_with_as_many_codes_and_the_same_prior(var
     plain = tokenizers.recipe_of(variant, args, 3, 1200, 700)
     looking = tokenizers.recipe_of(f"{variant}+perceptual", args, 3, 1200, 700)
     training = plain.image_tokenizer_training
-    assert (plain.image_tokenizer.grid, plain.image_tokenizer.codebook_size) == (8, 2048)
+    assert (plain.image_tokenizer.grid, plain.image_tokenizer.codebook_size) == (12, 2048)
     assert (plain.prior_training.steps, training.steps, plain.seed, plain.ranker) == (700, 1200, 3, None)
     assert looking.image_tokenizer_training == dataclasses.replace(training, perceptual_weight=0.5)
     assert (plain.autoencoder_training is not None) == (variant == "dvae-start")

@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,25 +14,16 @@ from armchair.data.sources import DataConfig, open_source
 from armchair.errors import RequestError, WorkError
 from armchair.image.dvae import DVAE, DVAEConfig
 from armchair.image.pixels import stack
-from armchair.prior.transformer import PriorConfig
 from armchair.shapes.world import render, scene
-from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints
 from armchair.train.image_tokenizer import CodeFigures, ImageTokenizerStage, check_codes, code_figures, fixed_images
 from armchair.train.loop import Interrupted, fit
 from armchair.train.optim import step_size
-from armchair.train.prior import PriorStage
-from armchair.train.recipe import (
-    DVAETraining,
-    FitConfig,
-    PriorTraining,
-    Recipe,
-    TextTokenizerConfig,
-)
+from armchair.train.recipe import DVAETraining, FitConfig, PriorTraining, Recipe
 from armchair.train.report import Report
+from train.prior_tiny import EVERY, one_of_two, prior_stage
 
 CPU = torch.device("cpu")
-EVERY = {"log_every": 1, "validate_every": 10, "sheet_every": 15, "save_every": 10}
 
 
 def fit_config(**fields) -> FitConfig:
@@ -257,49 +247,6 @@ def test_an_encoder_of_scale_0_keeps_every_bit(tmp_path, encoder_scale):
         assert torch.equal(before, after) != learns, name
 
 
-class Codes:
-    """A token cache in memory."""
-
-    def __init__(self, count: int, stream, views: int = 2):
-        self.values = torch.randint(
-            stream.codebook_size, (count, views, stream.image_length), generator=tiny.seeded()
-        )
-        self.captions = [[[f"a picture of {i}", f"number {i}"]] for i in range(count)]
-        self.weights, self.views = np.ones(count), views
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def codes(self, images: np.ndarray, views: np.ndarray) -> torch.Tensor:
-        return self.values[images, views]
-
-
-def prior_stage(accumulate: int = 1, **fields) -> PriorStage:
-    stream = tiny.shape(grid=4, text_length=6, vocab=300, codebook=32)
-    training = {
-        "steps": 6,
-        "batch_size": 8,
-        "lr": 2e-3,
-        "warmup": 2,
-        "precision": "fp32",
-        "eps": 1e-4,
-        **EVERY,
-    }
-    recipe = Recipe(
-        name="tiny",
-        data=DataConfig(resolution=16),
-        text_tokenizer=TextTokenizerConfig(vocab_size=300, length=6),
-        image_tokenizer=DVAEConfig(resolution=16, patch=2, n_groups=2, n_hid=8, codebook_size=32),
-        prior=PriorConfig(d_model=16, n_layer=2, n_head=2, attention=("row",)),
-        image_tokenizer_training=DVAETraining(steps=1, batch_size=1, lr=1e-3),
-        prior_training=PriorTraining(**{**training, "accumulate": accumulate, **fields}),
-    )
-    codes = Codes(20, stream)
-    tokenizer = TextTokenizer.train((c for image in codes.captions for texts in image for c in texts), 300)
-    model = tiny.prior(tiny.shape(4, 6, tokenizer.vocab_size, 32), "row", "convolutional")
-    return PriorStage(recipe, model, tokenizer, tiny.dvae(), codes, codes)
-
-
 def test_a_priors_batch_in_four_parts_is_the_batch(tmp_path):
     results = []
     for count in (1, 4):
@@ -336,18 +283,6 @@ def test_what_ranks_see_is_together_the_batch(world):
         assert torch.equal(torch.cat(of_ranks), of_all)
     with pytest.raises(RequestError, match="a multiple of the number of ranks"):
         next(prior_stage().batches(0, 0, 3))
-
-
-def one_of_two(rank: int, folder: Path) -> None:
-    """A process that trains a prior together with another."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    stage = prior_stage(1, dropout=0.2)
-    report = Report(folder / f"rank{rank}", None)
-    average = fit(stage, stage.config, folder / "run", report, device=torch.device("cpu"), rank=rank, world=2)
-    torch.save(average.state_dict(), folder / f"{rank}.pt")
-    report.close()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_what_one_does(tmp_path):
