@@ -436,12 +436,12 @@ def evaluate(args: argparse.Namespace) -> None:
     from armchair.sample.pipeline import load_artist
 
     report = Path(args.report)
+    if report.exists() and not report.is_dir():
+        raise RequestError(f"{report} is a file; --report names a folder")
     if args.human is not None:
         return _human(args, report)
     if os.path.lexists(report / PAGE) and not args.force:
         raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
-    if report.exists() and not report.is_dir():
-        raise RequestError(f"{report} is a file; --report names a folder")
     sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
     config = EvaluateConfig(**sizes)
     without: frozenset[str] = frozenset()
@@ -473,24 +473,24 @@ def _human(args: argparse.Namespace, report: Path) -> None:
     """Draw for both systems, unless that is done; serve the ballot; write the results when stopped."""
     from armchair.eval.ballot import Ballot, results_plot
     from armchair.eval.ballot_page import ballot_app
-    from armchair.eval.pairs import read_pairs
+    from armchair.eval.contest import make_contest
     from armchair.sample.pipeline import load_artist
 
     try:
         import uvicorn
     except ImportError:
         raise RequestError("the ballot's page needs more packages: pip install 'armchair[evaluate,serve]'") from None
+    first, second = (load_artist(model, args.device, args.ranker, args.weights) for model in (args.model, args.human))
+    contest = make_contest(first, second, args.data, args.pictures or 100, args.seed or 0)
     store = report / "ballot.sqlite"
-    if not store.exists():
-        artists = [load_artist(model, args.device, args.ranker, args.weights) for model in (args.model, args.human)]
-        wanted = list(dict.fromkeys(read_pairs(args.data, artists[0], args.pictures or 100).captions))
-        names = [f"{artist.bundle.name} {artist.bundle.fingerprint[:8]}" for artist in artists]
-        drawn = []
-        for artist, name in zip(artists, names, strict=True):
-            say(f"{len(wanted)} drawings of {name}")
-            drawn.append(artist.draw_each(wanted, seed=args.seed or 0))
-        Ballot.create(store, (names[0], names[1]), wanted, *drawn, seed=args.seed or 0)
-    ballot = Ballot(store)
+    if os.path.lexists(store):
+        ballot = Ballot(store)
+        ballot.check_made_of(contest.made_of())
+    else:
+        pictures = contest.pictures(say)
+        ballot = Ballot.create(
+            store, contest.names, contest.captions, *pictures, seed=contest.seed, made_of=contest.made_of()
+        )
     say(f"{ballot.about['first']} against {ballot.about['second']}: http://{args.host}:{args.port}/ (Ctrl-C ends it)")
     server = uvicorn.Server(uvicorn.Config(ballot_app(ballot), host=args.host, port=args.port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):

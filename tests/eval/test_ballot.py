@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import threading
 import time
 import urllib.error
@@ -19,6 +20,7 @@ from armchair.cli import main
 from armchair.errors import RequestError
 from armchair.eval.ballot import QUESTIONS, Ballot, results_plot
 from armchair.eval.ballot_page import PAGE, ballot_app
+from conftest import write_tiny_bundle
 
 PAIRS = 14
 RED, BLUE = (220, 30, 30), (30, 30, 220)
@@ -178,6 +180,8 @@ def test_wrong_votes_and_files_are_refused(ballot: Ballot, tmp_path: Path) -> No
     for wrong in ((1, "v", "beauty", "left"), (1, "v", "caption", "up"), (99, "v", "caption", "left")):
         with pytest.raises(RequestError):
             ballot.vote(*wrong)
+    with pytest.raises(RequestError, match="does not say which pictures it has: choose another --report"):
+        ballot.check_made_of({"seed": "0"})
     with pytest.raises(RequestError, match="no pair"):
         ballot.picture(99, "left", "v")
     with pytest.raises(RequestError, match="people's votes"):
@@ -232,3 +236,37 @@ def test_the_command_draws_once_and_serves(
     store = (tmp_path / "r/ballot.sqlite").read_bytes()
     assert main(argv) == 0 and (tmp_path / "r/ballot.sqlite").read_bytes() == store
     assert json.loads((tmp_path / "r/ballot.json").read_text())["questions"]["caption"]["first_share"] is None
+
+
+def test_a_ballot_goes_on_only_where_it_is_the_same(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Votes on some pictures must not be counted for others."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+    other = write_tiny_bundle(tmp_path / "other", seed=1)
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+    def run(first: Path, second: Path, *flags: str, data: str = "shapes:val,length=9") -> tuple[int, str]:
+        argv = ["evaluate", str(first), "--human", str(second), "--data", data, "--report", str(tmp_path / "r")]
+        code = main([*argv, "--pictures", "6", *flags])
+        return code, capsys.readouterr().err
+
+    assert run(tiny_bundle, tiny_bundle)[0] == 0
+    store = tmp_path / "r/ballot.sqlite"
+    before, weights = store.read_bytes(), Ballot(store).made_of["first's weights"]
+    for args, flags, named in (
+        ((tiny_bundle, other), (), "second: tiny "),
+        ((other, tiny_bundle), (), "first: tiny "),
+        ((tiny_bundle, tiny_bundle), ("--seed", "1"), "seed: 0 there, 1 now"),
+        ((tiny_bundle, tiny_bundle), ("--pictures", "5"), "captions: 6 of "),
+        ((tiny_bundle, tiny_bundle), ("--weights", "fp32"), f"first's weights: {weights} there, fp32 now"),
+    ):
+        code, err = run(*args, *flags)
+        assert code == 2 and err.count("\n") == 1, err
+        assert named in err and err.endswith("choose another --report\n"), err
+        told = err.partition("(")[2]
+        assert told.startswith(named) and (";" in told) == ("weights" in named), told  # and nothing that is the same
+    code, err = run(tiny_bundle, tiny_bundle, data="shapes:val,length=9,seed=5")
+    assert code == 2 and "captions: 6 of " in err
+    assert store.read_bytes() == before
+    assert run(copy, tiny_bundle)[0] == 0  # the same model at another place
