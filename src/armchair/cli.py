@@ -438,16 +438,18 @@ def evaluate(args: argparse.Namespace) -> None:
     report = Path(args.report)
     if report.exists() and not report.is_dir():
         raise RequestError(f"{report} is a file; --report names a folder")
-    if args.human is not None:
-        return _human(args, report)
-    if os.path.lexists(report / PAGE) and not args.force:
-        raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
-    sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
-    config = EvaluateConfig(**sizes)
     without: frozenset[str] = frozenset()
     if args.without_overlap is not None:
         lines = Path(args.without_overlap).read_text(encoding="utf-8").splitlines()
         without = frozenset(line.strip() for line in lines if line.strip())
+    if args.human is not None:
+        return _human(args, report, without)
+    if args.data is None:
+        raise RequestError("--data names captioned images that the model did not learn from, and is missing")
+    if os.path.lexists(report / PAGE) and not args.force:
+        raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
+    sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
+    config = EvaluateConfig(**sizes)
     artist = load_artist(args.model, args.device, args.ranker, args.weights)
     began = time.perf_counter()
     sections = measure(
@@ -469,19 +471,28 @@ def evaluate(args: argparse.Namespace) -> None:
         sys.stdout.write((report / "report.json").read_text(encoding="utf-8"))
 
 
-def _human(args: argparse.Namespace, report: Path) -> None:
+def _human(args: argparse.Namespace, report: Path, without: frozenset[str]) -> None:
     """Draw for both systems, unless that is done; serve the ballot; write the results when stopped."""
     from armchair.eval.ballot import Ballot, results_plot
     from armchair.eval.ballot_page import ballot_app
-    from armchair.eval.contest import make_contest
+    from armchair.eval.contest import PictureFolder, is_picture_folder, make_contest
     from armchair.sample.pipeline import load_artist
 
     try:
         import uvicorn
     except ImportError:
         raise RequestError("the ballot's page needs more packages: pip install 'armchair[evaluate,serve]'") from None
-    first, second = (load_artist(model, args.device, args.ranker, args.weights) for model in (args.model, args.human))
-    contest = make_contest(first, second, args.data, args.pictures or 100, args.seed or 0)
+    places = (args.model, args.human)
+    if args.data is None and not any(map(is_picture_folder, places)):
+        raise RequestError("--data names captioned images whose captions both models draw, and is missing")
+    first, second = (
+        PictureFolder(place)
+        if is_picture_folder(place)
+        else load_artist(place, args.device, args.ranker, args.weights)
+        for place in places
+    )
+    count, seed = args.pictures or 100, args.seed or 0
+    contest = make_contest(first, second, args.data or (), count=count, seed=seed, without=without, say=say)
     store = report / "ballot.sqlite"
     if os.path.lexists(store):
         ballot = Ballot(store)
@@ -844,9 +855,8 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         action="extend",
-        required=True,
         metavar="PATH",
-        help="captioned images it did not learn from",
+        help="captioned images it did not learn from; a must, but for --human with a folder of pictures",
     )
     p.add_argument(
         "--train",
@@ -890,8 +900,9 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         p.add_argument(f"--{name}", type=_whole(0), metavar="N", help=what)
     p.add_argument(
         "--human",
-        metavar="MODEL",
-        help="instead: let people judge MODEL's drawings against this one's, on a local page; --pictures captions",
+        metavar="SYSTEM",
+        help="instead: let people judge SYSTEM's drawings against this one's, on a local page; --pictures captions. "
+        "Either may be a folder of captioned pictures that another system made",
     )
     p.add_argument("--host", default="127.0.0.1", help="of that page (default: 127.0.0.1)")
     p.add_argument("--port", type=_whole(1, 65535), default=8765, metavar="P", help="of that page (default: 8765)")

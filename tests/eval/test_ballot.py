@@ -20,6 +20,7 @@ from armchair.cli import main
 from armchair.errors import RequestError
 from armchair.eval.ballot import QUESTIONS, Ballot, results_plot
 from armchair.eval.ballot_page import PAGE, ballot_app
+from armchair.sample.pipeline import load_artist
 from conftest import write_tiny_bundle
 
 PAIRS = 14
@@ -270,3 +271,98 @@ def test_a_ballot_goes_on_only_where_it_is_the_same(
     assert code == 2 and "captions: 6 of " in err
     assert store.read_bytes() == before
     assert run(copy, tiny_bundle)[0] == 0  # the same model at another place
+
+
+APPLE, MOON, TREE = "A red  apple", "the moon", "a tree"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """Pictures of another system, with a table: reds, of other sizes, one of them broken."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    rows = []
+    for name, text, size in (
+        ("a-red-apple.png", "a red apple", (48, 40)),
+        ("again.png", "a red apple", (40, 40)),
+        ("moon.png", "The Moon", (700, 600)),
+        ("broken.png", "a house", (8, 8)),
+        ("boat.png", "a boat", (40, 40)),
+    ):
+        Image.new("RGB", size, RED).save(folder / name)
+        rows.append(json.dumps({"file_name": name, "text": text}))
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """Pictures with text files: blues, larger, one with two captions."""
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    for name, captions, side in (("1", [TREE, APPLE], 64), ("2", [MOON], 600), ("3", ["a house"], 64)):
+        Image.new("RGB", (side, side), BLUE).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("\n".join(captions))
+    return folder
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command without its page: exit code, what it said, and captions with both pictures."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+
+    def run(first: Path, second: Path, *flags: str, report: str = "r"):
+        argv = ["evaluate", str(first), "--human", str(second), "--report", str(tmp_path / report), *flags]
+        code, (_, err) = main(argv), capsys.readouterr()
+        pairs = {}
+        if (tmp_path / report / "ballot.sqlite").is_file():
+            with Ballot(tmp_path / report / "ballot.sqlite")._store() as store:
+                for caption, *sides in store.execute("SELECT caption, a, b FROM pairs WHERE NOT is_check"):
+                    pairs[caption] = [np.asarray(Image.open(io.BytesIO(side))) for side in sides]
+        return code, err, pairs
+
+    return run
+
+
+def test_two_folders_meet_in_their_captions(ours: Path, theirs: Path, held) -> None:
+    code, err, pairs = held(ours, theirs)
+    assert code == 0 and "3 captions are on both sides, of which 2 are asked about; passed over: 1 " in err
+    assert pairs.keys() == {APPLE, MOON}
+    for blue, red in pairs.values():
+        assert not is_red(blue) and is_red(red) and blue.shape == red.shape
+    assert pairs[APPLE][0].shape == (40, 40, 3) and pairs[MOON][0].shape == (512, 512, 3)
+    assert held(ours, theirs)[0] == 0  # goes on
+    Image.new("RGB", (9, 9), RED).save(theirs / "new.png")
+    code, err, _ = held(ours, theirs)
+    assert code == 2 and "second: theirs" in err and "choose another --report" in err
+
+
+def test_a_bundle_draws_what_a_folder_has(tiny_bundle: Path, theirs: Path, tmp_path: Path, held) -> None:
+    code, err, pairs = held(theirs, tiny_bundle, "--seed", "3")
+    assert code == 0 and pairs.keys() == {"a red apple", "The Moon", "a boat"}, err
+    captions = list(pairs)
+    drawn = load_artist(str(tiny_bundle)).draw_each(captions, seed=3)
+    for caption, image in zip(captions, drawn, strict=True):
+        assert is_red(pairs[caption][0]) and pairs[caption][0].shape == (16, 16, 3)
+        assert (pairs[caption][1] == np.asarray(image)).all()
+    (tmp_path / "some").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "some/x.png")
+    (tmp_path / "some/x.txt").write_text("a boat\na car")
+    code, _, pairs = held(tiny_bundle, theirs, "--data", str(tmp_path / "some"), report="some")
+    assert code == 0 and pairs.keys() == {"a boat"} and is_red(pairs["a boat"][1])
+    assert len(held(tiny_bundle, theirs, "--pictures", "2", report="two")[2]) == 2
+
+
+def test_folders_that_do_not_meet(tiny_bundle: Path, ours: Path, theirs: Path, tmp_path: Path, held) -> None:
+    (ours / "1.txt").write_text("a tree")
+    (ours / "2.txt").write_text("the sun")
+    (ours / "3.txt").write_text("a dog")
+    code, err, _ = held(ours, theirs)
+    assert code == 2 and err.count("\n") == 1
+    assert "no caption has a picture on both sides: ours has 3, such as 'a tree', theirs has 4, such as" in err
+    code, err, _ = held(tiny_bundle, tiny_bundle)
+    assert code == 2 and "--data names captioned images" in err
+    (tmp_path / "empty").mkdir()
+    code, err, _ = held(tiny_bundle, tmp_path / "empty")
+    assert code == 2 and err.count("\n") == 1 and "no bundle.json, and is no folder of pictures: " in err

@@ -73,6 +73,11 @@ async function choose(choice) {
   } catch (error) { at("progress").textContent = "Not counted: " + error.message; }
   busy = false;
 }
+// Large pixels stay sharp; a picture that is larger than its place is made smaller smoothly.
+for (const side of ["left", "right"]) at(side).onload = event => {
+  const image = event.target;
+  image.style.imageRendering = image.naturalWidth > image.clientWidth ? "auto" : "pixelated";
+};
 for (const button of document.querySelectorAll("button")) button.onclick = () => choose(button.dataset.choice);
 document.addEventListener("keydown", event => {
   const choice = {ArrowLeft: "left", ArrowRight: "right", " ": "tie", 1: "left", 2: "tie", 3: "right"}[event.key];
