@@ -184,8 +184,13 @@ class _DrawingProgress:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "min_p", "guidance", "naturalness")
-    return {name: getattr(args, name) for name in names}
+    names = ("candidates", "keep", "seed", "naturalness")
+    return {**{name: getattr(args, name) for name in names}, **_settings(args)}
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_settings_flags` ask for, None for the bundle's own."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "guidance")}
 
 
 def _save(drawing: "Drawing", out: Path, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -450,7 +455,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
     sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
     config = EvaluateConfig(**sizes)
-    artist = load_artist(args.model, args.device, args.ranker, args.weights)
+    artist = load_artist(args.model, args.device, args.ranker, args.weights).with_settings(**_settings(args))
     began = time.perf_counter()
     sections = measure(
         artist,
@@ -488,7 +493,7 @@ def _human(args: argparse.Namespace, report: Path, without: frozenset[str]) -> N
     first, second = (
         PictureFolder(place)
         if is_picture_folder(place)
-        else load_artist(place, args.device, args.ranker, args.weights)
+        else load_artist(place, args.device, args.ranker, args.weights).with_settings(**_settings(args))
         for place in places
     )
     count, seed = args.pictures or 100, args.seed or 0
@@ -506,7 +511,7 @@ def _human(args: argparse.Namespace, report: Path, without: frozenset[str]) -> N
     server = uvicorn.Server(uvicorn.Config(ballot_app(ballot), host=args.host, port=args.port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
-    results = ballot.results()
+    results = {**ballot.results(), "made_of": ballot.made_of}
     plot = results_plot(results)
     (report / f"{plot.name}.png").write_bytes(plot.png)
     (report / "ballot.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -717,6 +722,19 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)"
     )
+    _settings_flags(p)
+    p.add_argument(
+        "--naturalness",
+        type=_number,
+        metavar="W",
+        help="how much it counts, beside the ranker, how likely a picture is by itself; 0 for not at all",
+    )
+    p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
+    _weights_flag(p)
+
+
+def _settings_flags(p: argparse.ArgumentParser) -> None:
+    """How codes are drawn; the defaults are the bundle's."""
     p.add_argument("--temperature", type=_number, metavar="T", help="0 is greedy, 1 the model's own spread")
     p.add_argument("--top-k", type=_whole(0), metavar="K", help="draw from the K likeliest codes, 0 for all")
     p.add_argument(
@@ -726,14 +744,6 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
         "--min-p", type=_number, metavar="P", help="leave out codes under P times as likely as the first, 0 for none"
     )
     p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
-    p.add_argument(
-        "--naturalness",
-        type=_number,
-        metavar="W",
-        help="how much it counts, beside the ranker, how likely a picture is by itself; 0 for not at all",
-    )
-    p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
-    _weights_flag(p)
 
 
 def _weights_flag(p: argparse.ArgumentParser) -> None:
@@ -881,6 +891,7 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         help="what pictures are compared through: efficientnet-lite0 (the default), ranker, or a TorchScript file",
     )
     p.add_argument("--ranker", metavar="M", help="a bundle whose ranker shall judge, in place of the model's own")
+    _settings_flags(p)
     _weights_flag(p)
     p.add_argument(
         "--without-overlap", metavar="LIST", help="leave out the pictures whose keys are in this file, one a line"

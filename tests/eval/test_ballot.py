@@ -233,7 +233,7 @@ def test_the_command_draws_once_and_serves(
     argv += ["--report", str(tmp_path / "r"), "--pictures", "6", "--json"]
     assert main(argv) == 0
     results = json.loads(capsys.readouterr().out)
-    assert results["pairs"] == 6 and results["voters"] == 0
+    assert results["pairs"] == 6 and results["voters"] == 0 and results["made_of"]["second's guidance"] == "1.5"
     store = (tmp_path / "r/ballot.sqlite").read_bytes()
     assert main(argv) == 0 and (tmp_path / "r/ballot.sqlite").read_bytes() == store
     assert json.loads((tmp_path / "r/ballot.json").read_text())["questions"]["caption"]["first_share"] is None
@@ -260,13 +260,14 @@ def test_a_ballot_goes_on_only_where_it_is_the_same(
         ((other, tiny_bundle), (), "first: tiny "),
         ((tiny_bundle, tiny_bundle), ("--seed", "1"), "seed: 0 there, 1 now"),
         ((tiny_bundle, tiny_bundle), ("--pictures", "5"), "captions: 6 of "),
+        ((tiny_bundle, tiny_bundle), ("--temperature", "0.5"), "first's temperature: 1.0 there, 0.5 now"),
         ((tiny_bundle, tiny_bundle), ("--weights", "fp32"), f"first's weights: {weights} there, fp32 now"),
     ):
         code, err = run(*args, *flags)
         assert code == 2 and err.count("\n") == 1, err
         assert named in err and err.endswith("choose another --report\n"), err
         told = err.partition("(")[2]
-        assert told.startswith(named) and (";" in told) == ("weights" in named), told  # and nothing that is the same
+        assert told.startswith(named) and (";" in told) == ("first's" in named), told  # and nothing that is the same
     code, err = run(tiny_bundle, tiny_bundle, data="shapes:val,length=9,seed=5")
     assert code == 2 and "captions: 6 of " in err
     assert store.read_bytes() == before

@@ -164,6 +164,35 @@ def test_pictures_on_a_list_are_left_out(
     assert "--pictures 8" in made and made.endswith("--report DIR")
 
 
+def test_everything_is_drawn_with_the_settings_that_were_asked_for(
+    tiny_bundle: Path, network: Path, tmp_path: Path
+) -> None:
+    """A greedy model draws one picture a prompt, however often."""
+    data = ["--data", "shapes:val,length=9", "--suite", "reconstruction", "diversity", "probe"]
+    reports = {}
+    for name, flags in (("own", []), ("greedy", ["--temperature", "0", "--top-k", "5", "--guidance", "2"])):
+        out = ["--report", str(tmp_path / name), "--features", str(network)]
+        assert main(["evaluate", str(tiny_bundle), *data, *out, *FLAGS, *flags]) == 0
+        reports[name] = json.loads((tmp_path / name / "report.json").read_text())
+
+    def same(name: str) -> float:
+        rows = table(tmp_path / name, "diversity", "Distances")["rows"]
+        (row,) = [row for row in rows if row[0].startswith("drawings of one prompt that are the same")]
+        return row[1]["value"]
+
+    assert same("own") < 0.5 and same("greedy") == 1
+    about = reports["greedy"]["about"]
+    assert "--temperature 0.0 --top-k 5 --guidance 2.0" in about["made by"]
+    assert "--temperature" not in reports["own"]["about"]["made by"]
+    drawn_with = "temperature 0.0, top_k 5, top_p 0.95, min_p 0.0, guidance 2.0"
+    assert about["drawn with"].startswith(drawn_with)
+    _, *drawing = [section["protocol"] for section in reports["greedy"]["sections"]]
+    assert all(f"Drawn with {drawn_with}" in protocol for protocol in drawing)
+    assert all("(the bundle's own: temperature 1.0, top_k 0, guidance 1.5)" in protocol for protocol in drawing)
+    assert "Drawn with" not in reports["own"]["sections"][0]["protocol"]
+    assert "the bundle's own:" not in reports["own"]["sections"][1]["protocol"]
+
+
 def test_wrong_requests(tiny_bundle: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*argv: str) -> str:
         capsys.readouterr()
@@ -180,6 +209,8 @@ def test_wrong_requests(tiny_bundle: Path, network: Path, tmp_path: Path, capsys
     (tmp_path / "broken.pt").write_bytes(b"no network")
     assert "not a TorchScript network" in refused(*data, "--features", str(tmp_path / "broken.pt"))
     assert "--data" in refused("--report", "r")
+    assert "top_p: expected more than 0" in refused(*data, "--top-p", "2")
+    assert "--top-k: expected a whole number" in refused(*data, "--top-k", "-1")
     (tmp_path / "r").mkdir()
     (tmp_path / "r/index.html").write_text("mine")
     assert "is there already" in refused(*data)

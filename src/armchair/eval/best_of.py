@@ -138,8 +138,8 @@ def diversity(context: Context) -> Section:
         key="diversity",
         title="Diversity",
         protocol=(
-            f"{len(captions)} held-out captions, {each} drawings each with the bundle's own settings; means over "
-            "prompts of the mean over pairs. Cosine distances between features, 0 the same and 1 unrelated."
+            f"{len(captions)} held-out captions, {each} drawings each; means over prompts of "
+            "the mean over pairs. Cosine distances between features, 0 the same and 1 unrelated."
         ),
         tables=[
             Table(

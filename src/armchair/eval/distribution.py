@@ -41,9 +41,9 @@ def distribution(context: Context) -> Section:
         key="distribution",
         title="Drawings as a whole",
         protocol=(
-            f"{len(drawn)} drawings, one for each held-out caption with the bundle's own settings, none chosen, "
-            f"against the {len(real)} pictures of these captions at {context.artist.resolution} x "
-            f"{context.artist.resolution}. Resized for the network bicubically with antialiasing in floating point "
+            f"{len(drawn)} drawings, one for each held-out caption, none chosen, against the {len(real)} pictures of "
+            f"these captions at {context.artist.resolution} x {context.artist.resolution}. Resized for the network "
+            "bicubically with antialiasing in floating point "
             "(Parmar et al., 2022). FID, KID (subsets of half) and IS (10 splits) by torchmetrics; intervals are 1.96 "
             "standard deviations of bootstrap resamples, IS: their percentiles. FID falls with the number of "
             "pictures: compare at equal numbers and over the same features only. The second row is what real pictures "

@@ -35,6 +35,7 @@ SUITES: dict[str, Callable[[Context], Section]] = {
     "memorising": memorising,
     "probe": probe,
 }
+DRAWING = frozenset({"distribution", "fidelity", "best-of", "diversity", "memorising", "probe"})  # those that draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,8 @@ def evaluate(
     """Measure a bundle on captioned pictures that it has not seen, and write `report`/index.html and report.json.
 
     train: the pictures that it learned from, for the overfitting gap and near-copies. suites: names of SUITES, all by
-    default. without: keys of pictures to leave out, such as `armchair data overlap` found. The report is written anew
+    default. without: keys of pictures to leave out, such as `armchair data overlap` found. All that is drawn is drawn
+    with the artist's settings (`Artist.with_settings` has others than the bundle's). The report is written anew
     after each test, so that one that is stopped has what was measured. Raises RequestError for an unknown suite or
     feature network, DataError for data that cannot be read.
     """
@@ -118,14 +120,18 @@ def evaluate(
         options=options,
         say=say,
     )
-    settings = ", ".join(f"{k} {v}" for k, v in vars(artist.settings).items())
+    settings, own = vars(artist.settings), vars(artist.bundle_settings)
+    changed = [f"{name} {own[name]}" for name in settings if settings[name] != own[name]]
+    drawn_with = ", ".join(f"{name} {value}" for name, value in settings.items()) + f", weights in {artist.weights}"
+    if changed:
+        drawn_with += f" (the bundle's own: {', '.join(changed)})"
     about = {
         "bundle": f"{artist.bundle.name}, {artist.bundle.fingerprint[:16]}",
         "ranker": "none" if artist.ranker is None else f"{artist.ranker.id.name}, {artist.ranker.id.fingerprint[:16]}",
         "held-out pictures": f"{len(held_out)} of data {held_out.fingerprint[:16]}"
         + (f", {len(without)} keys left out" if without else ""),
         "training pictures": "not given" if seen is None else f"{len(seen)} of data {seen.fingerprint[:16]}",
-        "drawn with": f"{settings}, weights in {artist.weights}",
+        "drawn with": drawn_with,
         "seed": str(config.seed),
         "made by": _command(artist, data, train, suites, features, bool(without), config),
         "versions": f"armchair {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
@@ -136,6 +142,8 @@ def evaluate(
         began = time.perf_counter()
         section = SUITES[name](context)
         section.seconds = time.perf_counter() - began
+        if name in DRAWING and not section.skipped:
+            section.protocol += f" Drawn with {drawn_with}."
         done.append(section)
         write_report(report, f"{artist.bundle.name}, measured", about, done)
     return done
@@ -160,6 +168,9 @@ def _command(
         words += ["--features", *(Path(name).name for name in features)]
     if artist.ranker is not None and artist.ranker.id != artist.id:
         words += ["--ranker", artist.ranker.id.name]
+    for name, value in vars(artist.settings).items():
+        if value != getattr(artist.bundle_settings, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     if without:
         words += ["--without-overlap", "FILE"]
     for name, value in vars(config).items():
