@@ -465,6 +465,7 @@ def evaluate(args: argparse.Namespace) -> None:
         suites=args.suite or (),
         features=args.features,
         without=without,
+        without_list=args.without_overlap or "",
         config=config,
         say=lambda text: say(f"{time.perf_counter() - began:5.0f} s  {text}"),
     )

@@ -1,6 +1,8 @@
 """`armchair evaluate` from end to end on a model of random weights."""
 
+import argparse
 import json
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from armchair.cli import main
+from armchair.cli import COMMANDS, main
 from armchair.eval.distribution import blurred
 from armchair.eval.features import EfficientNetLite0, TorchScriptNetwork, resized
 from armchair.eval.figures import Figure, bootstrap, mean_figure
@@ -155,12 +157,13 @@ def test_pictures_on_a_list_are_left_out(
         "--features",
         str(network),
     ]
+    argv += ["--weights", "fp32", "--device", "cpu"]
     assert main([*argv, "--report", str(tmp_path / "r"), "--without-overlap", str(tmp_path / "list"), *FLAGS]) == 0
     about = json.loads((tmp_path / "r/report.json").read_text())["about"]
     assert about["held-out pictures"].startswith("4 of") and "2 keys left out" in about["held-out pictures"]
     made = about["made by"]  # and no folder of this machine
     assert made.startswith("armchair evaluate tiny --data shapes:val,length=6 --suite reconstruction")
-    assert "--features pool.pt --without-overlap FILE" in made
+    assert "--features pool.pt --weights fp32 --device cpu --without-overlap list" in made
     assert "--pictures 8" in made and made.endswith("--report DIR")
 
 
@@ -191,6 +194,31 @@ def test_everything_is_drawn_with_the_settings_that_were_asked_for(
     assert all("(the bundle's own: temperature 1.0, top_k 0, guidance 1.5)" in protocol for protocol in drawing)
     assert "Drawn with" not in reports["own"]["sections"][0]["protocol"]
     assert "the bundle's own:" not in reports["own"]["sections"][1]["protocol"]
+
+
+def test_the_command_in_the_report_has_every_flag_that_a_figure_depends_on(
+    tiny_bundle: Path, network: Path, pictures: Path, tmp_path: Path
+) -> None:
+    ranker, without = write_tiny_bundle(tmp_path / "tiny", seed=1, ranked=True), tmp_path / "overlap.txt"
+    without.write_text("000001.png\n")
+    argv = [str(tiny_bundle), "--data", str(pictures), "--train", str(pictures), "--suite", "reconstruction", "probe"]
+    argv += ["--features", str(network), "--ranker", str(ranker), "--without-overlap", str(without), *FLAGS]
+    argv += ["--seed", "7", "--weights", "fp32", "--device", "cpu", "--temperature", "0.5", "--top-k", "9"]
+    argv += ["--top-p", "0.9", "--min-p", "0.01", "--guidance", "3", "--report", str(tmp_path / "r")]
+    assert main(["evaluate", *argv]) == 0
+    program, command, *made = shlex.split(json.loads((tmp_path / "r/report.json").read_text())["about"]["made by"])
+    assert (program, command) == ("armchair", "evaluate")
+    parser = argparse.ArgumentParser()
+    COMMANDS["evaluate"].flags(parser)
+    given, found = (vars(parser.parse_args(words)) for words in (argv, made))
+
+    def travelled(value: object) -> object:
+        return Path(value).name if isinstance(value, str) else value
+
+    for flag in given.keys() - {"model", "report", "human", "host", "port", "json", "force"}:
+        assert given[flag] != parser.get_default(flag), f"{flag} is not tried here"
+        told = [travelled(v) for v in given[flag]] if isinstance(given[flag], list) else travelled(given[flag])
+        assert found[flag] == told, flag
 
 
 def test_wrong_requests(tiny_bundle: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

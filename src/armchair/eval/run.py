@@ -90,14 +90,16 @@ def evaluate(
     suites: Sequence[str] = (),
     features: Sequence[str] = (OFFLINE,),
     without: frozenset[str] = frozenset(),
+    without_list: str = "FILE",
     config: EvaluateConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Section]:
     """Measure a bundle on captioned pictures that it has not seen, and write `report`/index.html and report.json.
 
     train: the pictures that it learned from, for the overfitting gap and near-copies. suites: names of SUITES, all by
-    default. without: keys of pictures to leave out, such as `armchair data overlap` found. All that is drawn is drawn
-    with the artist's settings (`Artist.with_settings` has others than the bundle's). The report is written anew
+    default. without: keys of pictures to leave out, such as `armchair data overlap` found; without_list: the
+    name of the file that has them, for the command that makes the report again. All that is drawn is drawn with the
+    artist's settings (`Artist.with_settings` has others than the bundle's). The report is written anew
     after each test, so that one that is stopped has what was measured. Raises RequestError for an unknown suite or
     feature network, DataError for data that cannot be read.
     """
@@ -133,7 +135,7 @@ def evaluate(
         "training pictures": "not given" if seen is None else f"{len(seen)} of data {seen.fingerprint[:16]}",
         "drawn with": drawn_with,
         "seed": str(config.seed),
-        "made by": _command(artist, data, train, suites, features, bool(without), config),
+        "made by": _command(artist, data, train, suites, features, without_list if without else None, config),
         "versions": f"armchair {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
     }
     done: list[Section] = []
@@ -155,10 +157,13 @@ def _command(
     train: Sequence[str],
     suites: Sequence[str],
     features: Sequence[str],
-    without: bool,
+    without_list: str | None,
     config: EvaluateConfig,
 ) -> str:
-    """What makes the report again, its files by their names only: a report travels, its maker's folders do not."""
+    """What makes the report again, its files by their names only: a report travels, its maker's folders do not.
+
+    Form of weights and device are always in it, as what they are by default depends on the machine.
+    """
     words = ["armchair", "evaluate", artist.bundle.name, "--data", *(Path(place).name for place in data)]
     if train:
         words += ["--train", *(Path(place).name for place in train)]
@@ -171,8 +176,9 @@ def _command(
     for name, value in vars(artist.settings).items():
         if value != getattr(artist.bundle_settings, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    if without:
-        words += ["--without-overlap", "FILE"]
+    words += ["--weights", artist.weights, "--device", artist.device.type]
+    if without_list is not None:
+        words += ["--without-overlap", Path(without_list).name]
     for name, value in vars(config).items():
         if value != getattr(EvaluateConfig(), name):
             words += [f"--{name.replace('_', '-')}", str(value)]
