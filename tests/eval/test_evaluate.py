@@ -16,7 +16,9 @@ from armchair.cli import COMMANDS, main
 from armchair.eval.distribution import blurred
 from armchair.eval.features import EfficientNetLite0, TorchScriptNetwork, resized
 from armchair.eval.figures import Figure, bootstrap, mean_figure
+from armchair.eval.reconstruction import code_figures
 from armchair.eval.run import SUITES
+from armchair.shapes.accuracy import wilson
 from conftest import write_tiny_bundle
 
 SMALL = {
@@ -101,8 +103,63 @@ def table(report: Path, section: str, title: str) -> dict:
 def test_numbers_over_different_networks_are_in_tables_of_their_own_with_their_names(report: Path) -> None:
     data = json.loads((report / "report.json").read_text())
     tables = [t for s in data["sections"] if s["key"] == "distribution" for t in s["tables"]]
-    assert [t["features"].split(" (")[0] for t in tables] == ["pool", "ranker of tiny"]
+    assert [t["features"].split(" (")[0] for t in tables] == ["pool", "ranker of tiny", "pool"]  # the last under blur
     assert len({t["features"] for t in tables}) == 2
+
+
+class Classes(nn.Module):
+    """Features and classes, as the Inception network of published figures has them."""
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        y = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, (2, 2)).flatten(1)
+        return y if return_features else (8 * y).softmax(1)
+
+
+def test_figures_that_are_compared_have_intervals_around_them(report: Path, tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(Classes()), str(tmp_path / "classes.pt"))
+    out = tmp_path / "r"
+    argv = ["evaluate", str(report.parent / "tiny"), "--data", "shapes:val,length=9", "--report", str(out), *FLAGS]
+    argv += ["--suite", "reconstruction", "distribution", "best-of", "--features", str(tmp_path / "classes.pt")]
+    assert main(argv) == 0
+    blur, best = table(out, "distribution", "Both sides blurred"), table(out, "best-of", "Best of N")
+    assert blur["columns"][1:] == ["FID", "IS", "IS of pictures"] and len(blur["rows"]) == 9
+    assert best["columns"] == ["N", "score", "FID", "IS", "right as a whole", "any of the N"]
+    trips = [row for row in table(out, "reconstruction", "Round trips")["rows"] if "code" in row[0]]
+    assert len(trips) == 3
+    for row in (*blur["rows"], *best["rows"], *trips):
+        for cell in row[1:]:
+            low, high = cell["interval"]
+            assert low <= cell["value"] <= high and cell["count"], row
+    assert any(cell["interval"][0] < cell["value"] for row in blur["rows"] for cell in row[1:])
+    protocols = [s["protocol"] for s in json.loads((out / "report.json").read_text())["sections"]]
+    told = ("200 for codes, 30 for rFID", "30 for FID, 200 for KID, 200 for IS", "30 for FID, 200 for IS")
+    assert all(said in protocol for said, protocol in zip(told, protocols, strict=True))
+
+
+def test_accuracies_by_attribute_have_wilsons_intervals(report: Path) -> None:
+    found = table(report, "fidelity", "Exact accuracy")
+    cells = [cell for row in found["rows"] for cell in row[3:] if cell != "-"]
+    assert len(cells) > 2 * len(found["rows"])
+    for cell in cells:
+        assert 1 <= cell["count"] <= 2  # of two prompts, those that speak of it
+        assert cell["interval"] == pytest.approx(wilson(round(cell["value"] * cell["count"]), cell["count"]))
+
+
+def test_the_interval_of_codes_in_use_is_about_pictures() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 50, (1, 4, 4))
+    for _, figure in code_figures(np.repeat(picture, 20, 0), 100):
+        # Of the same pictures any sample has the same.
+        assert figure.interval == pytest.approx((figure.value, figure.value))
+    widths = []
+    for count in (20, 320):
+        used, perplexity, distinct = (figure for _, figure in code_figures(rng.integers(0, 100, (count, 4, 4)), 1000))
+        assert used.value <= 0.1 and used.interval[0] <= used.value <= used.interval[1]
+        assert distinct.interval[0] <= distinct.value <= distinct.interval[1]
+        widths.append(perplexity.interval[1] - perplexity.interval[0])
+    assert widths[1] < widths[0] / 2
+    (_, used), *_ = code_figures(np.arange(32).reshape(2, 4, 4), 32)
+    assert used.value == 1 and used.interval[1] == 1  # no more than all
 
 
 def test_best_of_n_never_scores_less_with_more_candidates(report: Path) -> None:

@@ -16,7 +16,7 @@ from armchair.eval.best_of import best_of, diversity
 from armchair.eval.distribution import distribution
 from armchair.eval.features import OFFLINE, EfficientNetLite0, FeatureNetwork, RankerFeatures, TorchScriptNetwork
 from armchair.eval.fidelity import fidelity
-from armchair.eval.figures import Section
+from armchair.eval.figures import RESAMPLES, Section
 from armchair.eval.likelihood import likelihood
 from armchair.eval.memorising import memorising
 from armchair.eval.pairs import Context, read_pairs
@@ -135,6 +135,7 @@ def evaluate(
         "training pictures": "not given" if seen is None else f"{len(seen)} of data {seen.fingerprint[:16]}",
         "drawn with": drawn_with,
         "seed": str(config.seed),
+        "intervals": f"95 %: of means, percentiles of {RESAMPLES} bootstrap resamples; of shares, Wilson's; or as said",
         "made by": _command(artist, data, train, suites, features, without_list if without else None, config),
         "versions": f"armchair {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
     }
