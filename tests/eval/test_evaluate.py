@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -198,6 +199,21 @@ def test_without_a_ranker_or_training_pictures_the_report_says_what_is_missing(
     err = capsys.readouterr().err
     assert "fidelity: not measured. The bundle has no ranker" in err and "memorising: not measured" in err
     assert (tmp_path / "r/index.html").read_text().count("Not measured") == 3
+
+
+def test_a_folder_whose_name_begins_like_the_shapes_world_is_a_folder(
+    network: Path, report: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its captions are its own: nobody asked for prompts of the shapes world."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "shapes-photos")
+    argv = ["evaluate", str(report.parent / "tiny"), "--data", "shapes-photos", "--features", str(network), *FLAGS]
+    assert main([*argv, "--suite", "fidelity", "best-of", "--report", "r"]) == 0
+    fidelity, best = json.loads(Path("r/report.json").read_text())["sections"]
+    assert [t["title"].partition(" ")[0] for t in fidelity["tables"]] == ["CLIP", "Caption"]
+    assert best["tables"][0]["columns"] == ["N", "score", "FID", "IS"]
+    exact = table(report, "fidelity", "Exact accuracy")  # which the world itself has, whatever follows its name
+    assert exact["rows"]
 
 
 def test_pictures_on_a_list_are_left_out(

@@ -174,6 +174,11 @@ def open_source(paths: Sequence[str], config: DataConfig) -> Source:
     return source
 
 
+def is_shapes(path: str) -> bool:
+    """Whether a path asks for the built-in shapes world, not for a file or folder whose name begins like it."""
+    return re.match(r"shapes(?![^:,])", path) is not None
+
+
 def expand_template(template: str, fields: Mapping[str, Any]) -> list[str]:
     """Every caption that a template gives over one sample's fields; none where a field is missing or empty.
 
@@ -253,7 +258,7 @@ def _open(path: str, config: DataConfig) -> Source:
     from armchair.data.folder import FolderSource
     from armchair.data.tar_shards import TarSource
 
-    if re.match(r"shapes(?![^:,])", path):
+    if is_shapes(path):
         return _open_shapes(path, config)
     if os.path.isdir(path):
         return FolderSource(Path(path))

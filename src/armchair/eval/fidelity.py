@@ -3,6 +3,7 @@
 import torch
 
 from armchair.clip.contrast import retrieval_ranks, same_captions
+from armchair.data.sources import is_shapes
 from armchair.eval.figures import Cell, Figure, Picture, Section, Table, mean_figure
 from armchair.eval.pairs import Context
 from armchair.shapes.accuracy import ATTRIBUTES, Verdict, judge, wilson
@@ -105,7 +106,7 @@ def _shares(verdicts: list[Verdict]) -> list[Cell]:
 
 def of_shapes(context: Context) -> bool:
     """Whether these are pictures that the reader of the shapes world can read."""
-    return any(path.startswith("shapes") for path in context.data) and context.artist.resolution % 64 == 0
+    return any(map(is_shapes, context.data)) and context.artist.resolution % 64 == 0
 
 
 def share(right: int, count: int) -> Figure:
