@@ -19,7 +19,7 @@ from PIL import Image
 from armchair.cli import main
 from armchair.errors import RequestError
 from armchair.eval.ballot import QUESTIONS, Ballot, results_plot
-from armchair.eval.ballot_page import PAGE, ballot_app
+from armchair.eval.ballot_page import COOKIE, PAGE, ballot_app
 from armchair.sample.pipeline import load_artist
 from conftest import write_tiny_bundle
 
@@ -367,3 +367,76 @@ def test_folders_that_do_not_meet(tiny_bundle: Path, ours: Path, theirs: Path, t
     (tmp_path / "empty").mkdir()
     code, err, _ = held(tiny_bundle, tmp_path / "empty")
     assert code == 2 and err.count("\n") == 1 and "no bundle.json, and is no folder of pictures: " in err
+
+
+def votes_of(ballot: Ballot) -> list[tuple[int, str, str]]:
+    with ballot._store() as store:
+        return store.execute("SELECT pair, question, choice FROM votes ORDER BY at").fetchall()
+
+
+def test_voting_with_keys(ballot: Ballot, address: str, browser) -> None:
+    wrong: list[str] = []
+    context = browser.new_context(viewport={"width": 900, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(address) else wrong.append(request.url))
+    page.goto(address)
+    progress, question = page.locator("#progress"), page.locator("#question")
+    expect: list[tuple[int, str, str]] = []
+
+    def pair() -> int:
+        return int(page.locator("#left").get_attribute("src").split("/")[2])
+
+    def press(*keys: str, choice: str) -> None:
+        """One vote, and the next question is there."""
+        at, asked = pair(), next(name for name, text in QUESTIONS.items() if text == question.inner_text())
+        (voter,) = (cookie["value"] for cookie in context.cookies() if cookie["name"] == COOKIE)
+        own = choice if choice == "tie" else "first" if (choice == "left") == left_is_first(at, voter) else "second"
+        expect.append((at, asked, own))
+        before = (question.inner_text(), progress.inner_text())
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_function(
+            "([question, progress]) => document.getElementById('question').textContent !== question"
+            " || document.getElementById('progress').textContent !== progress",
+            arg=before,
+        )
+
+    def left_is_first(at: int, voter: str) -> bool:
+        left = shown(ballot, at, "left", voter)
+        return ordered(left) if is_check(ballot, at, voter) else is_red(left)
+
+    page.wait_for_selector("#progress:has-text('0 judged, 16 to go')")
+    page.wait_for_function("() => [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert "picture" in page.locator("#caption").inner_text()
+    press("ArrowLeft", choice="left")
+    press("ArrowRight", choice="right")
+    assert "1 judged, 15 to go" in progress.inner_text()
+    press("Space", choice="tie")
+    press("3", choice="right")
+    press("Tab", "Tab", "Tab", "Space", choice="right")  # the button that has the focus, and not what space says else
+    press("ArrowLeft", choice="left")
+    press("Space", choice="tie")  # no button has the focus now
+    page.focus("button[data-choice=left]")
+    press("Enter", choice="left")
+    page.click("button[data-choice=left]")
+    page.wait_for_function("text => document.getElementById('question').textContent === text", arg=QUESTIONS["caption"])
+    expect.append((pair(), "realistic", votes_of(ballot)[-1][2]))
+    press("Space", choice="tie")  # nor after a click
+    assert votes_of(ballot) == expect
+    page.keyboard.press("Control+ArrowLeft")
+    for _ in range(5):
+        page.keyboard.down("ArrowLeft")  # held: one vote
+    page.wait_for_function("text => document.getElementById('question').textContent === text", arg=QUESTIONS["caption"])
+    page.keyboard.up("ArrowLeft")
+    assert len(votes_of(ballot)) == len(expect) + 1
+    while question.inner_text():
+        before = len(votes_of(ballot))
+        page.keyboard.press("ArrowRight")
+        while len(votes_of(ballot)) == before:
+            page.wait_for_timeout(10)
+    page.wait_for_selector("#caption:has-text('Thank you')")
+    assert page.locator("#pair").is_hidden() and len(votes_of(ballot)) == 2 * 16
+    context.close()
+    assert not wrong

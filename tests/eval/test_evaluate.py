@@ -356,3 +356,38 @@ def test_bootstrap_intervals_shrink_with_the_root_of_the_number() -> None:
     assert 5 < widths[0] / widths[1] < 20
     assert bootstrap(50, lambda i: float(i.mean())) == bootstrap(50, lambda i: float(i.mean()))
     assert Figure(value=1.0).to_json() == {"value": 1.0, "interval": None, "count": None}
+
+
+def test_the_page_in_a_browser(report: Path, browser) -> None:
+    """Everything is there without a network, and can be reached from the keyboard on a narrow screen too."""
+    wrong: list[str] = []
+    context = browser.new_context(viewport={"width": 420, "height": 700})
+    page = context.new_page()
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
+    page.goto((report / "index.html").as_uri())
+    images = page.locator("img")
+    for i in range(images.count()):
+        images.nth(i).scroll_into_view_if_needed()
+    page.wait_for_function("() => [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
+
+    page.keyboard.press("Home")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the fourth link of the contents
+    page.wait_for_function("() => location.hash === '#fidelity'")
+    top = page.locator("#fidelity").bounding_box()["y"]
+    assert -1 <= top < 350
+    wide = page.get_by_role("region", name="Exact accuracy")
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if wide.evaluate("table => table === document.activeElement"):
+            break
+    else:
+        pytest.fail("no key leads to the table")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("table => table.scrollLeft > 0", arg=wide.element_handle())
+    context.close()
+    assert not wrong
