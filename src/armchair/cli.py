@@ -185,8 +185,13 @@ class _DrawingProgress:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("candidates", "keep", "seed", "temperature", "top_k", "top_p", "min_p", "guidance", "naturalness")
-    return {name: getattr(args, name) for name in names}
+    names = ("candidates", "keep", "seed", "naturalness")
+    return {**{name: getattr(args, name) for name in names}, **_settings(args)}
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_settings_flags` ask for, None for the bundle's own."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "guidance")}
 
 
 def _save(drawing: "Drawing", out: Path, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -458,19 +463,21 @@ def evaluate(args: argparse.Namespace) -> None:
     from armchair.sample.pipeline import load_artist
 
     report = Path(args.report)
-    if args.human is not None:
-        return _human(args, report)
-    if os.path.lexists(report / PAGE) and not args.force:
-        raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
     if report.exists() and not report.is_dir():
         raise RequestError(f"{report} is a file; --report names a folder")
-    sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
-    config = EvaluateConfig(**sizes)
     without: frozenset[str] = frozenset()
     if args.without_overlap is not None:
         lines = Path(args.without_overlap).read_text(encoding="utf-8").splitlines()
         without = frozenset(line.strip() for line in lines if line.strip())
-    artist = load_artist(args.model, args.device, args.ranker, args.weights)
+    if args.human is not None:
+        return _human(args, report, without)
+    if args.data is None:
+        raise RequestError("--data names captioned images that the model did not learn from, and is missing")
+    if os.path.lexists(report / PAGE) and not args.force:
+        raise RequestError(f"{report / PAGE} is there already: choose another folder, or --force")
+    sizes = {name: value for name in vars(EvaluateConfig()) if (value := getattr(args, name)) is not None}
+    config = EvaluateConfig(**sizes)
+    artist = load_artist(args.model, args.device, args.ranker, args.weights).with_settings(**_settings(args))
     began = time.perf_counter()
     sections = measure(
         artist,
@@ -480,6 +487,7 @@ def evaluate(args: argparse.Namespace) -> None:
         suites=args.suite or (),
         features=args.features,
         without=without,
+        without_list=args.without_overlap or "",
         config=config,
         say=lambda text: say(f"{time.perf_counter() - began:5.0f} s  {text}"),
     )
@@ -491,33 +499,42 @@ def evaluate(args: argparse.Namespace) -> None:
         sys.stdout.write((report / "report.json").read_text(encoding="utf-8"))
 
 
-def _human(args: argparse.Namespace, report: Path) -> None:
+def _human(args: argparse.Namespace, report: Path, without: frozenset[str]) -> None:
     """Draw for both systems, unless that is done; serve the ballot; write the results when stopped."""
     from armchair.eval.ballot import Ballot, results_plot
     from armchair.eval.ballot_page import ballot_app
-    from armchair.eval.pairs import read_pairs
+    from armchair.eval.contest import PictureFolder, is_picture_folder, make_contest
     from armchair.sample.pipeline import load_artist
 
     try:
         import uvicorn
     except ImportError:
         raise RequestError("the ballot's page needs more packages: pip install 'armchair[evaluate,serve]'") from None
+    places = (args.model, args.human)
+    if args.data is None and not any(map(is_picture_folder, places)):
+        raise RequestError("--data names captioned images whose captions both models draw, and is missing")
+    first, second = (
+        PictureFolder(place)
+        if is_picture_folder(place)
+        else load_artist(place, args.device, args.ranker, args.weights).with_settings(**_settings(args))
+        for place in places
+    )
+    count, seed = args.pictures or 100, args.seed or 0
+    contest = make_contest(first, second, args.data or (), count=count, seed=seed, without=without, say=say)
     store = report / "ballot.sqlite"
-    if not store.exists():
-        artists = [load_artist(model, args.device, args.ranker, args.weights) for model in (args.model, args.human)]
-        wanted = list(dict.fromkeys(read_pairs(args.data, artists[0], args.pictures or 100).captions))
-        names = [f"{artist.bundle.name} {artist.bundle.fingerprint[:8]}" for artist in artists]
-        drawn = []
-        for artist, name in zip(artists, names, strict=True):
-            say(f"{len(wanted)} drawings of {name}")
-            drawn.append(artist.draw_each(wanted, seed=args.seed or 0))
-        Ballot.create(store, (names[0], names[1]), wanted, *drawn, seed=args.seed or 0)
-    ballot = Ballot(store)
+    if os.path.lexists(store):
+        ballot = Ballot(store)
+        ballot.check_made_of(contest.made_of())
+    else:
+        pictures = contest.pictures(say)
+        ballot = Ballot.create(
+            store, contest.names, contest.captions, *pictures, seed=contest.seed, made_of=contest.made_of()
+        )
     say(f"{ballot.about['first']} against {ballot.about['second']}: http://{args.host}:{args.port}/ (Ctrl-C ends it)")
     server = uvicorn.Server(uvicorn.Config(ballot_app(ballot), host=args.host, port=args.port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
-    results = ballot.results()
+    results = {**ballot.results(), "made_of": ballot.made_of}
     plot = results_plot(results)
     (report / f"{plot.name}.png").write_bytes(plot.png)
     (report / "ballot.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -728,6 +745,19 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--seed", type=_whole(0, 2**63 - 1), default=0, help="another seed, other pictures (default: 0)"
     )
+    _settings_flags(p)
+    p.add_argument(
+        "--naturalness",
+        type=_number,
+        metavar="W",
+        help="how much it counts, beside the ranker, how likely a picture is by itself; 0 for not at all",
+    )
+    p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
+    _weights_flag(p)
+
+
+def _settings_flags(p: argparse.ArgumentParser) -> None:
+    """How codes are drawn; the defaults are the bundle's."""
     p.add_argument("--temperature", type=_number, metavar="T", help="0 is greedy, 1 the model's own spread")
     p.add_argument("--top-k", type=_whole(0), metavar="K", help="draw from the K likeliest codes, 0 for all")
     p.add_argument(
@@ -737,14 +767,6 @@ def _sampling_flags(p: argparse.ArgumentParser) -> None:
         "--min-p", type=_number, metavar="P", help="leave out codes under P times as likely as the first, 0 for none"
     )
     p.add_argument("--guidance", type=_number, metavar="G", help="1 is off; more follows the prompt closer")
-    p.add_argument(
-        "--naturalness",
-        type=_number,
-        metavar="W",
-        help="how much it counts, beside the ranker, how likely a picture is by itself; 0 for not at all",
-    )
-    p.add_argument("--grid", action="store_true", help="write a contact sheet NAME-grid.png too")
-    _weights_flag(p)
 
 
 def _weights_flag(p: argparse.ArgumentParser) -> None:
@@ -869,9 +891,8 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         action="extend",
-        required=True,
         metavar="PATH",
-        help="captioned images it did not learn from",
+        help="captioned images it did not learn from; a must, but for --human with a folder of pictures",
     )
     p.add_argument(
         "--train",
@@ -896,6 +917,7 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         help="what pictures are compared through: efficientnet-lite0 (the default), ranker, or a TorchScript file",
     )
     p.add_argument("--ranker", metavar="M", help="a bundle whose ranker shall judge, in place of the model's own")
+    _settings_flags(p)
     _weights_flag(p)
     p.add_argument(
         "--without-overlap", metavar="LIST", help="leave out the pictures whose keys are in this file, one a line"
@@ -915,8 +937,9 @@ def _evaluate_flags(p: argparse.ArgumentParser) -> None:
         p.add_argument(f"--{name}", type=_whole(0), metavar="N", help=what)
     p.add_argument(
         "--human",
-        metavar="MODEL",
-        help="instead: let people judge MODEL's drawings against this one's, on a local page; --pictures captions",
+        metavar="SYSTEM",
+        help="instead: let people judge SYSTEM's drawings against this one's, on a local page; --pictures captions. "
+        "Either may be a folder of captioned pictures that another system made",
     )
     p.add_argument("--host", default="127.0.0.1", help="of that page (default: 127.0.0.1)")
     p.add_argument("--port", type=_whole(1, 65535), default=8765, metavar="P", help="of that page (default: 8765)")

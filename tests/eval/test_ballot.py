@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import threading
 import time
 import urllib.error
@@ -18,7 +19,9 @@ from PIL import Image
 from armchair.cli import main
 from armchair.errors import RequestError
 from armchair.eval.ballot import QUESTIONS, Ballot, results_plot
-from armchair.eval.ballot_page import PAGE, ballot_app
+from armchair.eval.ballot_page import COOKIE, PAGE, ballot_app
+from armchair.sample.pipeline import load_artist
+from conftest import write_tiny_bundle
 
 PAIRS = 14
 RED, BLUE = (220, 30, 30), (30, 30, 220)
@@ -178,6 +181,8 @@ def test_wrong_votes_and_files_are_refused(ballot: Ballot, tmp_path: Path) -> No
     for wrong in ((1, "v", "beauty", "left"), (1, "v", "caption", "up"), (99, "v", "caption", "left")):
         with pytest.raises(RequestError):
             ballot.vote(*wrong)
+    with pytest.raises(RequestError, match="does not say which pictures it has: choose another --report"):
+        ballot.check_made_of({"seed": "0"})
     with pytest.raises(RequestError, match="no pair"):
         ballot.picture(99, "left", "v")
     with pytest.raises(RequestError, match="people's votes"):
@@ -228,7 +233,210 @@ def test_the_command_draws_once_and_serves(
     argv += ["--report", str(tmp_path / "r"), "--pictures", "6", "--json"]
     assert main(argv) == 0
     results = json.loads(capsys.readouterr().out)
-    assert results["pairs"] == 6 and results["voters"] == 0
+    assert results["pairs"] == 6 and results["voters"] == 0 and results["made_of"]["second's guidance"] == "1.5"
     store = (tmp_path / "r/ballot.sqlite").read_bytes()
     assert main(argv) == 0 and (tmp_path / "r/ballot.sqlite").read_bytes() == store
     assert json.loads((tmp_path / "r/ballot.json").read_text())["questions"]["caption"]["first_share"] is None
+
+
+def test_a_ballot_goes_on_only_where_it_is_the_same(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Votes on some pictures must not be counted for others."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+    other = write_tiny_bundle(tmp_path / "other", seed=1)
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+    def run(first: Path, second: Path, *flags: str, data: str = "shapes:val,length=9") -> tuple[int, str]:
+        argv = ["evaluate", str(first), "--human", str(second), "--data", data, "--report", str(tmp_path / "r")]
+        code = main([*argv, "--pictures", "6", "--weights", "fp32", "--device", "cpu", *flags])
+        return code, capsys.readouterr().err
+
+    assert run(tiny_bundle, tiny_bundle)[0] == 0
+    store = tmp_path / "r/ballot.sqlite"
+    before = store.read_bytes()
+    for args, flags, named in (
+        ((tiny_bundle, other), (), "second: tiny "),
+        ((other, tiny_bundle), (), "first: tiny "),
+        ((tiny_bundle, tiny_bundle), ("--seed", "1"), "seed: 0 there, 1 now"),
+        ((tiny_bundle, tiny_bundle), ("--pictures", "5"), "captions: 6 of "),
+        ((tiny_bundle, tiny_bundle), ("--temperature", "0.5"), "first's temperature: 1.0 there, 0.5 now"),
+        ((tiny_bundle, tiny_bundle), ("--weights", "bf16"), "first's weights: fp32 there, bf16 now"),
+    ):
+        code, err = run(*args, *flags)
+        assert code == 2 and err.count("\n") == 1, err
+        assert named in err and err.endswith("choose another --report\n"), err
+        told = err.partition("(")[2]
+        assert told.startswith(named) and (";" in told) == ("first's" in named), told  # and nothing that is the same
+    code, err = run(tiny_bundle, tiny_bundle, data="shapes:val,length=9,seed=5")
+    assert code == 2 and "captions: 6 of " in err
+    assert store.read_bytes() == before
+    assert run(copy, tiny_bundle)[0] == 0  # the same model at another place
+
+
+APPLE, MOON, TREE = "A red  apple", "the moon", "a tree"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """Pictures of another system, with a table: reds, of other sizes, one of them broken."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    rows = []
+    for name, text, size in (
+        ("a-red-apple.png", "a red apple", (48, 40)),
+        ("again.png", "a red apple", (40, 40)),
+        ("moon.png", "The Moon", (700, 600)),
+        ("broken.png", "a house", (8, 8)),
+        ("boat.png", "a boat", (40, 40)),
+    ):
+        Image.new("RGB", size, RED).save(folder / name)
+        rows.append(json.dumps({"file_name": name, "text": text}))
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """Pictures with text files: blues, larger, one with two captions."""
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    for name, captions, side in (("1", [TREE, APPLE], 64), ("2", [MOON], 600), ("3", ["a house"], 64)):
+        Image.new("RGB", (side, side), BLUE).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("\n".join(captions))
+    return folder
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command without its page: exit code, what it said, and captions with both pictures."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+
+    def run(first: Path, second: Path, *flags: str, report: str = "r"):
+        argv = ["evaluate", str(first), "--human", str(second), "--report", str(tmp_path / report), *flags]
+        code, (_, err) = main(argv), capsys.readouterr()
+        pairs = {}
+        if (tmp_path / report / "ballot.sqlite").is_file():
+            with Ballot(tmp_path / report / "ballot.sqlite")._store() as store:
+                for caption, *sides in store.execute("SELECT caption, a, b FROM pairs WHERE NOT is_check"):
+                    pairs[caption] = [np.asarray(Image.open(io.BytesIO(side))) for side in sides]
+        return code, err, pairs
+
+    return run
+
+
+def test_two_folders_meet_in_their_captions(ours: Path, theirs: Path, held) -> None:
+    code, err, pairs = held(ours, theirs)
+    assert code == 0 and "3 captions are on both sides, of which 2 are asked about; passed over: 1 " in err
+    assert pairs.keys() == {APPLE, MOON}
+    for blue, red in pairs.values():
+        assert not is_red(blue) and is_red(red) and blue.shape == red.shape
+    assert pairs[APPLE][0].shape == (40, 40, 3) and pairs[MOON][0].shape == (512, 512, 3)
+    assert held(ours, theirs)[0] == 0  # goes on
+    Image.new("RGB", (9, 9), RED).save(theirs / "new.png")
+    code, err, _ = held(ours, theirs)
+    assert code == 2 and "second: theirs" in err and "choose another --report" in err
+
+
+def test_a_bundle_draws_what_a_folder_has(tiny_bundle: Path, theirs: Path, tmp_path: Path, held) -> None:
+    code, err, pairs = held(theirs, tiny_bundle, "--seed", "3")
+    assert code == 0 and pairs.keys() == {"a red apple", "The Moon", "a boat"}, err
+    captions = list(pairs)
+    drawn = load_artist(str(tiny_bundle)).draw_each(captions, seed=3)
+    for caption, image in zip(captions, drawn, strict=True):
+        assert is_red(pairs[caption][0]) and pairs[caption][0].shape == (16, 16, 3)
+        assert (pairs[caption][1] == np.asarray(image)).all()
+    (tmp_path / "some").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "some/x.png")
+    (tmp_path / "some/x.txt").write_text("a boat\na car")
+    code, _, pairs = held(tiny_bundle, theirs, "--data", str(tmp_path / "some"), report="some")
+    assert code == 0 and pairs.keys() == {"a boat"} and is_red(pairs["a boat"][1])
+    assert len(held(tiny_bundle, theirs, "--pictures", "2", report="two")[2]) == 2
+
+
+def test_folders_that_do_not_meet(tiny_bundle: Path, ours: Path, theirs: Path, tmp_path: Path, held) -> None:
+    (ours / "1.txt").write_text("a tree")
+    (ours / "2.txt").write_text("the sun")
+    (ours / "3.txt").write_text("a dog")
+    code, err, _ = held(ours, theirs)
+    assert code == 2 and err.count("\n") == 1
+    assert "no caption has a picture on both sides: ours has 3, such as 'a tree', theirs has 4, such as" in err
+    code, err, _ = held(tiny_bundle, tiny_bundle)
+    assert code == 2 and "--data names captioned images" in err
+    (tmp_path / "empty").mkdir()
+    code, err, _ = held(tiny_bundle, tmp_path / "empty")
+    assert code == 2 and err.count("\n") == 1 and "no bundle.json, and is no folder of pictures: " in err
+
+
+def votes_of(ballot: Ballot) -> list[tuple[int, str, str]]:
+    with ballot._store() as store:
+        return store.execute("SELECT pair, question, choice FROM votes ORDER BY at").fetchall()
+
+
+def test_voting_with_keys(ballot: Ballot, address: str, browser) -> None:
+    wrong: list[str] = []
+    context = browser.new_context(viewport={"width": 900, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(address) else wrong.append(request.url))
+    page.goto(address)
+    progress, question = page.locator("#progress"), page.locator("#question")
+    expect: list[tuple[int, str, str]] = []
+
+    def pair() -> int:
+        return int(page.locator("#left").get_attribute("src").split("/")[2])
+
+    def press(*keys: str, choice: str) -> None:
+        """One vote, and the next question is there."""
+        at, asked = pair(), next(name for name, text in QUESTIONS.items() if text == question.inner_text())
+        (voter,) = (cookie["value"] for cookie in context.cookies() if cookie["name"] == COOKIE)
+        own = choice if choice == "tie" else "first" if (choice == "left") == left_is_first(at, voter) else "second"
+        expect.append((at, asked, own))
+        before = (question.inner_text(), progress.inner_text())
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_function(
+            "([question, progress]) => document.getElementById('question').textContent !== question"
+            " || document.getElementById('progress').textContent !== progress",
+            arg=before,
+        )
+
+    def left_is_first(at: int, voter: str) -> bool:
+        left = shown(ballot, at, "left", voter)
+        return ordered(left) if is_check(ballot, at, voter) else is_red(left)
+
+    page.wait_for_selector("#progress:has-text('0 judged, 16 to go')")
+    page.wait_for_function("() => [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert "picture" in page.locator("#caption").inner_text()
+    press("ArrowLeft", choice="left")
+    press("ArrowRight", choice="right")
+    assert "1 judged, 15 to go" in progress.inner_text()
+    press("Space", choice="tie")
+    press("3", choice="right")
+    press("Tab", "Tab", "Tab", "Space", choice="right")  # the button that has the focus, and not what space says else
+    press("ArrowLeft", choice="left")
+    press("Space", choice="tie")  # no button has the focus now
+    page.focus("button[data-choice=left]")
+    press("Enter", choice="left")
+    page.click("button[data-choice=left]")
+    page.wait_for_function("text => document.getElementById('question').textContent === text", arg=QUESTIONS["caption"])
+    expect.append((pair(), "realistic", votes_of(ballot)[-1][2]))
+    press("Space", choice="tie")  # nor after a click
+    assert votes_of(ballot) == expect
+    page.keyboard.press("Control+ArrowLeft")
+    for _ in range(5):
+        page.keyboard.down("ArrowLeft")  # held: one vote
+    page.wait_for_function("text => document.getElementById('question').textContent === text", arg=QUESTIONS["caption"])
+    page.keyboard.up("ArrowLeft")
+    assert len(votes_of(ballot)) == len(expect) + 1
+    while question.inner_text():
+        before = len(votes_of(ballot))
+        page.keyboard.press("ArrowRight")
+        while len(votes_of(ballot)) == before:
+            page.wait_for_timeout(10)
+    page.wait_for_selector("#caption:has-text('Thank you')")
+    assert page.locator("#pair").is_hidden() and len(votes_of(ballot)) == 2 * 16
+    context.close()
+    assert not wrong

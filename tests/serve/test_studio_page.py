@@ -1,9 +1,6 @@
 """The studio in a browser, as people meet it."""
 
 import itertools
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,23 +10,7 @@ from armchair.serve.keys import Keys, add_key
 from conftest import write_tiny_bundle
 from serve.studio_app import studio
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-]
 PROMPT = "a <i>red</i> circle"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    if not Path(CHROMIUM).is_file():
-        pytest.skip("needs Chromium: apt-get install chromium, or its path in $CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

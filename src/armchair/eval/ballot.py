@@ -5,10 +5,11 @@ questions. Each pair is judged by five; a system wins a pair by a majority of th
 """
 
 import contextlib
+import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ VOTES = 5  # a pair
 CHECK_EVERY = 8  # pairs, of which one has a known answer
 MAX_MISSED = 1 / 3  # of the checks; whoever misses more is not counted
 FORMAT = 1
+MADE_OF = "made of"  # the row of `about` with what decides about the pictures, as JSON
 
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -64,6 +66,7 @@ class Ballot:
             raise RequestError(f"{path}: not a ballot: {error}") from None
         if self.about.get("format") != str(FORMAT):
             raise RequestError(f"{path}: a ballot of format {self.about.get('format')}, this armchair has {FORMAT}")
+        self.made_of: dict[str, str] = json.loads(self.about.get(MADE_OF, "{}"))
 
     @classmethod
     def create(
@@ -75,11 +78,13 @@ class Ballot:
         second: Sequence[Image.Image],
         *,
         seed: int = 0,
+        made_of: Mapping[str, str] | None = None,
     ) -> "Ballot":
         """A new ballot on two drawings a caption. One pair in eight is a check: a drawing beside its own pixels in
         disorder, where the answer to both questions is known.
 
-        Raises RequestError where `path` is there already, or the numbers differ.
+        made_of: what decides about the pictures, by name; `check_made_of` compares with it. Raises RequestError where
+        `path` is there already, or the numbers differ.
         """
         if path.exists():
             raise RequestError(f"{path} is there already: it has people's votes")
@@ -95,12 +100,26 @@ class Ballot:
         partial = path.with_name(f".{path.name}.new")
         partial.unlink(missing_ok=True)
         about = {"format": FORMAT, "first": systems[0], "second": systems[1], "seed": seed}
+        about[MADE_OF] = json.dumps(dict(made_of or {}))
         with contextlib.closing(sqlite3.connect(partial)) as store, store:
             store.executescript(_SCHEMA)
             store.executemany("INSERT INTO about VALUES (?, ?)", [(k, str(v)) for k, v in about.items()])
             store.executemany("INSERT INTO pairs (caption, a, b, is_check) VALUES (?, ?, ?, ?)", pairs)
         partial.replace(path)
         return cls(path)
+
+    def check_made_of(self, wanted: Mapping[str, str]) -> None:
+        """Raises RequestError, which names what differs, where the ballot was not made of what is `wanted`.
+
+        Votes on pictures of one system would otherwise be counted for another.
+        """
+        if not self.made_of:
+            raise RequestError(f"{self.path} does not say which pictures it has: choose another --report")
+        names = dict.fromkeys([*self.made_of, *wanted])
+        other = [name for name in names if self.made_of.get(name) != wanted.get(name)]
+        if other:
+            told = [f"{name}: {self.made_of.get(name, 'none')} there, {wanted.get(name, 'none')} now" for name in other]
+            raise RequestError(f"{self.path} has votes on other pictures ({'; '.join(told)}): choose another --report")
 
     def next(self, voter: str) -> Ask | None:
         """The pair with the fewest votes among those that want more and that this voter has not judged, or None.

@@ -73,11 +73,24 @@ async function choose(choice) {
   } catch (error) { at("progress").textContent = "Not counted: " + error.message; }
   busy = false;
 }
-for (const button of document.querySelectorAll("button")) button.onclick = () => choose(button.dataset.choice);
+// Large pixels stay sharp; a picture that is larger than its place is made smaller smoothly.
+for (const side of ["left", "right"]) at(side).onload = event => {
+  const image = event.target;
+  image.style.imageRendering = image.naturalWidth > image.clientWidth ? "auto" : "pixelated";
+};
+// Space presses the button that somebody has gone to with the Tab key, as everywhere; no button stays so after a click
+// or another key, where space means that there is no difference.
+const leave = () => document.activeElement.blur();
+for (const button of document.querySelectorAll("button")) button.onclick = event => {
+  if (event.detail) leave();
+  choose(button.dataset.choice);
+};
 document.addEventListener("keydown", event => {
+  if (event.key === " " && event.target.tagName === "BUTTON") return;
   const choice = {ArrowLeft: "left", ArrowRight: "right", " ": "tie", 1: "left", 2: "tie", 3: "right"}[event.key];
   if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
+  leave();
   choose(choice);
 });
 next().catch(error => { at("progress").textContent = error.message; });

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from armchair.eval.distances import fid, inception_score
+from armchair.eval.distances import FID_RESAMPLES, IS_RESAMPLES, fid_figure, inception_figure
 from armchair.eval.features import named
 from armchair.eval.fidelity import of_shapes, share
-from armchair.eval.figures import Cell, Figure, Section, Table, line_plot, mean_figure
+from armchair.eval.figures import Cell, Section, Table, line_plot, mean_figure
 from armchair.eval.pairs import SHEET_COLUMNS, Context
 from armchair.sample.pipeline import Drawing
 from armchair.shapes.accuracy import judge
@@ -24,9 +24,10 @@ def best_of(context: Context) -> Section:
             f"{context.options['best_of_prompts']} prompts, {most} candidates each; of the first N the one with the "
             "best score: the ranker's cosine, and what its captioner, where it has one, and the bundle's `naturalness` "
             "add. FID and IS: of the kept pictures, one a prompt, against as many held-out pictures, over the first "
-            "feature network; with so few pictures only their course along N means something. On the shapes world, "
-            "whether the kept picture is right as a whole, and `any`: whether one of the N is, which no ranker can "
-            "exceed."
+            "feature network; with so few pictures only their course along N means something. Intervals are 1.96 "
+            f"standard deviations of bootstrap resamples, {FID_RESAMPLES} for FID, {IS_RESAMPLES} for IS. On the "
+            "shapes world, whether the kept picture is right as a whole, and `any`: whether one of the N is, which no "
+            "ranker can exceed."
         ),
     )
     if ranker is None:
@@ -58,8 +59,8 @@ def best_of(context: Context) -> Section:
     for k, size in enumerate(sizes):
         score = mean_figure(scores[:, k])
         found = network.extract(kept[k])
-        row: tuple[Cell, ...] = (str(size), score, Figure(value=fid(real, found.features), count=len(wanted)))
-        row += ("-" if found.logits is None else Figure(value=inception_score(found.logits), count=len(wanted)),)
+        row: tuple[Cell, ...] = (str(size), score, fid_figure(real, found.features))
+        row += ("-" if found.logits is None else inception_figure(found.logits),)
         if right[k]:
             accuracy, bound = share(sum(right[k]), len(wanted)), share(sum(possible[k]), len(wanted))
             row += (accuracy, bound)
@@ -138,8 +139,8 @@ def diversity(context: Context) -> Section:
         key="diversity",
         title="Diversity",
         protocol=(
-            f"{len(captions)} held-out captions, {each} drawings each with the bundle's own settings; means over "
-            "prompts of the mean over pairs. Cosine distances between features, 0 the same and 1 unrelated."
+            f"{len(captions)} held-out captions, {each} drawings each; means over prompts of "
+            "the mean over pairs. Cosine distances between features, 0 the same and 1 unrelated."
         ),
         tables=[
             Table(

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from armchair.errors import RequestError
-from armchair.eval.figures import Figure, bootstrap
+from armchair.eval.figures import Figure, around
 
 FID_RESAMPLES = 30  # each is a decomposition of N x N numbers
 KID_SUBSETS, KID_SUBSET = 100, 1000  # subsets, and at most so many pictures in each
 KID_RESAMPLES = 200
 IS_SPLITS = 10
+IS_RESAMPLES = 200
 
 
 class _Given(nn.Module):
@@ -94,7 +95,7 @@ def fid_figure(real: Tensor, fake: Tensor) -> Figure:
     values = [
         fid_from_pairs(real[_resample(len(real), rng)], fake[_resample(len(fake), rng)]) for _ in range(FID_RESAMPLES)
     ]
-    return _around(fid(real, fake), values, min(len(real), len(fake)))
+    return around(fid(real, fake), values, min(len(real), len(fake)))
 
 
 def kid_figure(real: Tensor, fake: Tensor) -> Figure:
@@ -106,7 +107,7 @@ def kid_figure(real: Tensor, fake: Tensor) -> Figure:
     for _ in range(KID_RESAMPLES):
         times = [torch.bincount(_resample(len(z), rng), minlength=len(z)).double() for z in (x, y)]
         values.append(_mmd(xx, yy, xy, *times))
-    return _around(kid(real, fake)[0], values, min(len(real), len(fake)))
+    return around(kid(real, fake)[0], values, min(len(real), len(fake)))
 
 
 def _mmd(xx: Tensor, yy: Tensor, xy: Tensor, a: Tensor, b: Tensor) -> float:
@@ -120,24 +121,23 @@ def _resample(count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(rng.integers(count, size=count))
 
 
-def _around(value: float, resampled: list[float], count: int) -> Figure:
-    reach = 1.96 * float(np.std(resampled, ddof=1))
-    return Figure(value=value, interval=(value - reach, value + reach), count=count)
-
-
 def inception_figure(logits: Tensor) -> Figure:
+    """With an interval as `fid_figure` has it.
+
+    Resamples are scored whole, as their splits would have the same picture in several; the spread is taken as large a
+    part of the value as it is of the whole's score.
+    """
     p = logits.double().softmax(1)
     entropy = (p * p.clamp_min(1e-300).log()).sum(1)
 
-    def score(chosen: np.ndarray) -> float:
-        rows = torch.from_numpy(chosen)
+    def score(rows: Tensor) -> float:
         marginal = p[rows].mean(0)
         return float((entropy[rows].mean() - (marginal * marginal.clamp_min(1e-300).log()).sum()).exp())
 
-    value = inception_score(logits)
-    low, high = bootstrap(len(logits), score, resamples=200)
-    whole = score(np.arange(len(logits)))  # of all pictures at once; splits see fewer classes
-    return Figure(value=value, interval=(value + low - whole, value + high - whole), count=len(logits))
+    rng = np.random.Generator(np.random.PCG64(0))
+    value, whole = inception_score(logits), score(torch.arange(len(p)))
+    values = [value / whole * score(_resample(len(p), rng)) for _ in range(IS_RESAMPLES)]
+    return around(value, values, len(p), least=1.0)
 
 
 def _torchmetrics(module: str, name: str, **settings: Any) -> Any:

@@ -5,9 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from armchair.eval.distances import fid, fid_figure, inception_figure, inception_score, kid_figure
+from armchair.eval.distances import (
+    FID_RESAMPLES,
+    IS_RESAMPLES,
+    KID_RESAMPLES,
+    fid_figure,
+    inception_figure,
+    kid_figure,
+)
 from armchair.eval.features import named
-from armchair.eval.figures import Cell, Picture, Section, Table, line_plot
+from armchair.eval.figures import Cell, Figure, Picture, Section, Table, line_plot
 from armchair.eval.pairs import Context
 
 RADII = tuple(range(9))  # pixels at 256 x 256, as in the paper
@@ -36,18 +43,21 @@ def distribution(context: Context) -> Section:
             columns += ("IS",)
         title = f"Distances over {network.name}"
         tables.append(Table(title=title, columns=columns, rows=rows, features=named(network)))
-    pictures += _blur(context, real, drawn)
+    blur, plots = _blur(context, real, drawn)
+    tables += blur
+    pictures += plots
     return Section(
         key="distribution",
         title="Drawings as a whole",
         protocol=(
-            f"{len(drawn)} drawings, one for each held-out caption with the bundle's own settings, none chosen, "
-            f"against the {len(real)} pictures of these captions at {context.artist.resolution} x "
-            f"{context.artist.resolution}. Resized for the network bicubically with antialiasing in floating point "
-            "(Parmar et al., 2022). FID, KID (subsets of half) and IS (10 splits) by torchmetrics; intervals are 1.96 "
-            "standard deviations of bootstrap resamples, IS: their percentiles. FID falls with the number of "
-            "pictures: compare at equal numbers and over the same features only. The second row is what real pictures "
-            "have among themselves; IS there is that of all of them."
+            f"{len(drawn)} drawings, one for each held-out caption, none chosen, against the {len(real)} pictures of "
+            f"these captions at {context.artist.resolution} x {context.artist.resolution}. Resized for the network "
+            "bicubically with antialiasing in floating point (Parmar et al., 2022). FID, KID (subsets of half) and IS "
+            "(10 splits) by torchmetrics; intervals, under blur too, are 1.96 standard deviations of bootstrap "
+            f"resamples, {FID_RESAMPLES} for FID, {KID_RESAMPLES} for KID, {IS_RESAMPLES} for IS: not percentiles, "
+            "as pictures repeat in a resample, and that alone moves figures. FID falls with the number of pictures: "
+            "compare at equal numbers and over the same features only. The second row is what real pictures have among "
+            "themselves; IS there is that of all of them."
         ),
         tables=tables,
         pictures=pictures,
@@ -59,27 +69,42 @@ def blurred(image: np.ndarray, radius: float) -> np.ndarray:
     return image if radius == 0 else np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def _blur(context: Context, real: Sequence[np.ndarray], drawn: Sequence[np.ndarray]) -> list[Picture]:
+def _blur(
+    context: Context, real: Sequence[np.ndarray], drawn: Sequence[np.ndarray]
+) -> tuple[list[Table], list[Picture]]:
     """FID and IS over the first network, of both sides blurred alike."""
     network, count = context.networks[0], min(len(real), context.options["blur"])
     if count < 2:
-        return []
+        return [], []
     scale = context.artist.resolution / PAPER_SIDE
-    fids, scores, own = [], [], []
+    fids: dict[str, list[tuple[int, Figure]]] = {"drawings": []}
+    scores: dict[str, list[tuple[int, Figure]]] = {"drawings": [], "pictures": []}
+    rows: list[tuple[Cell, ...]] = []
     for radius in RADII:
         a = network.extract([blurred(image, radius * scale) for image in real[:count]])
         b = network.extract([blurred(image, radius * scale) for image in drawn[:count]])
-        fids.append((radius, fid(a.features, b.features)))
+        fids["drawings"].append((radius, fid_figure(a.features, b.features)))
         if a.logits is not None and b.logits is not None:
-            scores.append((radius, inception_score(b.logits)))
-            own.append((radius, inception_score(a.logits)))
+            scores["drawings"].append((radius, inception_figure(b.logits)))
+            scores["pictures"].append((radius, inception_figure(a.logits)))
+        found = [line[-1][1] for line in (*fids.values(), *scores.values()) if line]
+        rows.append((str(radius), *found))
         context.say(f"blur radius {radius} of {RADII[-1]}")
     x = f"blur radius, pixels at {PAPER_SIDE} x {PAPER_SIDE}"
-    title = f"over {network.name}, {count} pictures"
-    plots = [line_plot("fid-blur", {"drawings": fids}, title=f"FID {title}, both sides blurred", x=x, y="FID")]
-    if scores:
-        plots.append(line_plot("is-blur", {"drawings": scores, "pictures": own}, title=f"IS {title}", x=x, y="IS"))
-    return plots
+    over = f"over {network.name}, {count} pictures"
+    plots = [_plot("fid-blur", fids, f"FID {over}, both sides blurred", x, "FID")]
+    columns: tuple[str, ...] = (x, "FID")
+    if scores["drawings"]:
+        plots.append(_plot("is-blur", scores, f"IS {over}", x, "IS"))
+        columns += ("IS", "IS of pictures")
+    title = f"Both sides blurred, {count} pictures, over {network.name}"
+    return [Table(title=title, columns=columns, rows=rows, features=named(network))], plots
+
+
+def _plot(name: str, lines: dict[str, list[tuple[int, Figure]]], title: str, x: str, y: str) -> Picture:
+    points = {label: [(at, figure.value) for at, figure in line] for label, line in lines.items()}
+    bands = {label: [f.interval or (f.value, f.value) for _, f in line] for label, line in lines.items()}
+    return line_plot(name, points, title=title, x=x, y=y, bands=bands)
 
 
 def _sheet(context: Context, drawn: Sequence[np.ndarray]) -> Picture:

@@ -1,9 +1,9 @@
 """Whether a drawing shows what its prompt says: by the ranker, and exactly where the world is the shapes."""
 
-import numpy as np
 import torch
 
 from armchair.clip.contrast import retrieval_ranks, same_captions
+from armchair.data.sources import built_in
 from armchair.eval.figures import Cell, Figure, Picture, Section, Table, mean_figure
 from armchair.eval.pairs import Context
 from armchair.shapes.accuracy import ATTRIBUTES, Verdict, judge, wilson
@@ -36,7 +36,8 @@ def fidelity(context: Context) -> Section:
         protocol.append(
             f"Exact accuracy: {context.options['prompts']} prompts a row, one drawing each, none chosen; a reader "
             "turns the drawing into a scene, and it is right as a whole where number, form, colour, size, fill, "
-            "relation and ground are all as far as the prompt speaks of them. Intervals are Wilson's."
+            "relation and ground are all as far as the prompt speaks of them. Intervals are Wilson's; those of an "
+            "attribute are over the prompts of the row that speak of it."
         )
     section = Section(
         key="fidelity", title="Prompt fidelity", protocol=" ".join(protocol), tables=tables, pictures=pictures
@@ -84,7 +85,7 @@ def _exact(context: Context) -> tuple[Table, Table, Picture]:
         context.say(f"exact accuracy: {split}, {objects}")
         drawn = context.draw_each([p.text for p in wanted])
         verdicts = [judge(p, image) for p, image in zip(wanted, drawn, strict=True)]
-        rows.append((split, objects, share(sum(v.whole for v in verdicts), count), *map(str, _shares(verdicts))))
+        rows.append((split, objects, share(sum(v.whole for v in verdicts), count), *_shares(verdicts)))
         for p, v in zip(wanted, verdicts, strict=True):
             if len(p.relations) == 1 and v.relations is not None:
                 related[p.relations[0]].append(v.relations)
@@ -97,14 +98,15 @@ def _exact(context: Context) -> tuple[Table, Table, Picture]:
     return table, relations, sheet
 
 
-def _shares(verdicts: list[Verdict]) -> list[str]:
+def _shares(verdicts: list[Verdict]) -> list[Cell]:
+    """Of the prompts that speak of an attribute, how many came out right; `-` where none does."""
     said = [[v for verdict in verdicts if (v := getattr(verdict, name)) is not None] for name in ATTRIBUTES]
-    return [f"{np.mean(values):.3f}" if values else "-" for values in said]
+    return [share(sum(values), len(values)) if values else "-" for values in said]
 
 
 def of_shapes(context: Context) -> bool:
     """Whether these are pictures that the reader of the shapes world can read."""
-    return any(path.startswith("shapes") for path in context.data) and context.artist.resolution % 64 == 0
+    return "shapes" in map(built_in, context.data) and context.artist.resolution % 64 == 0
 
 
 def share(right: int, count: int) -> Figure:

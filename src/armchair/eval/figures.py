@@ -85,6 +85,18 @@ def bootstrap(
     return float(low), float(high)
 
 
+def around(
+    value: float, resampled: Sequence[float], count: int, *, least: float = -np.inf, most: float = np.inf
+) -> Figure:
+    """A value with 1.96 standard deviations of its bootstrap resamples either side, within what it can be.
+
+    For statistics that resampling itself moves: pictures repeat in a resample, so that it has fewer different ones, and
+    percentiles would lie beside the value.
+    """
+    reach = 1.96 * float(np.std(resampled, ddof=1))
+    return Figure(value=value, interval=(max(least, value - reach), min(most, value + reach)), count=count)
+
+
 def mean_figure(values: Sequence[float] | np.ndarray, seed: int = 0) -> Figure:
     """The mean of one or more observations."""
     x = np.asarray(values, dtype=np.float64)

@@ -41,7 +41,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <h2>{{ s.title }}</h2>
 {% if s.skipped %}<p class="skipped">Not measured: {{ s.skipped }}</p>{% else %}
 {% for t in s.tables %}
-<div class="table"><table>
+<div class="table" tabindex="0" role="region" aria-label="{{ t.title }}"><table>
 <caption>{{ t.title }}{% if t.features %} <small>over {{ t.features }}</small>{% endif %}</caption>
 <thead><tr>{% for c in t.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in t.rows %}<tr>{% for c in row %}<td>{{ cell(c) }}</td>{% endfor %}</tr>{% endfor %}</tbody>

@@ -16,7 +16,7 @@ from armchair.eval.best_of import best_of, diversity
 from armchair.eval.distribution import distribution
 from armchair.eval.features import OFFLINE, EfficientNetLite0, FeatureNetwork, RankerFeatures, TorchScriptNetwork
 from armchair.eval.fidelity import fidelity
-from armchair.eval.figures import Section
+from armchair.eval.figures import RESAMPLES, Section
 from armchair.eval.likelihood import likelihood
 from armchair.eval.memorising import memorising
 from armchair.eval.pairs import Context, read_pairs
@@ -35,6 +35,7 @@ SUITES: dict[str, Callable[[Context], Section]] = {
     "memorising": memorising,
     "probe": probe,
 }
+DRAWING = frozenset({"distribution", "fidelity", "best-of", "diversity", "memorising", "probe"})  # those that draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,16 @@ def evaluate(
     suites: Sequence[str] = (),
     features: Sequence[str] = (OFFLINE,),
     without: frozenset[str] = frozenset(),
+    without_list: str = "FILE",
     config: EvaluateConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Section]:
     """Measure a bundle on captioned pictures that it has not seen, and write `report`/index.html and report.json.
 
     train: the pictures that it learned from, for the overfitting gap and near-copies. suites: names of SUITES, all by
-    default. without: keys of pictures to leave out, such as `armchair data overlap` found. The report is written anew
+    default. without: keys of pictures to leave out, such as `armchair data overlap` found; without_list: the
+    name of the file that has them, for the command that makes the report again. All that is drawn is drawn with the
+    artist's settings (`Artist.with_settings` has others than the bundle's). The report is written anew
     after each test, so that one that is stopped has what was measured. Raises RequestError for an unknown suite or
     feature network, DataError for data that cannot be read.
     """
@@ -118,16 +122,21 @@ def evaluate(
         options=options,
         say=say,
     )
-    settings = ", ".join(f"{k} {v}" for k, v in vars(artist.settings).items())
+    settings, own = vars(artist.settings), vars(artist.bundle_settings)
+    changed = [f"{name} {own[name]}" for name in settings if settings[name] != own[name]]
+    drawn_with = ", ".join(f"{name} {value}" for name, value in settings.items()) + f", weights in {artist.weights}"
+    if changed:
+        drawn_with += f" (the bundle's own: {', '.join(changed)})"
     about = {
         "bundle": f"{artist.bundle.name}, {artist.bundle.fingerprint[:16]}",
         "ranker": "none" if artist.ranker is None else f"{artist.ranker.id.name}, {artist.ranker.id.fingerprint[:16]}",
         "held-out pictures": f"{len(held_out)} of data {held_out.fingerprint[:16]}"
         + (f", {len(without)} keys left out" if without else ""),
         "training pictures": "not given" if seen is None else f"{len(seen)} of data {seen.fingerprint[:16]}",
-        "drawn with": f"{settings}, weights in {artist.weights}",
+        "drawn with": drawn_with,
         "seed": str(config.seed),
-        "made by": _command(artist, data, train, suites, features, bool(without), config),
+        "intervals": f"95 %: of means, percentiles of {RESAMPLES} bootstrap resamples; of shares, Wilson's; or as said",
+        "made by": _command(artist, data, train, suites, features, without_list if without else None, config),
         "versions": f"armchair {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
     }
     done: list[Section] = []
@@ -136,6 +145,8 @@ def evaluate(
         began = time.perf_counter()
         section = SUITES[name](context)
         section.seconds = time.perf_counter() - began
+        if name in DRAWING and not section.skipped:
+            section.protocol += f" Drawn with {drawn_with}."
         done.append(section)
         write_report(report, f"{artist.bundle.name}, measured", about, done)
     return done
@@ -147,10 +158,13 @@ def _command(
     train: Sequence[str],
     suites: Sequence[str],
     features: Sequence[str],
-    without: bool,
+    without_list: str | None,
     config: EvaluateConfig,
 ) -> str:
-    """What makes the report again, its files by their names only: a report travels, its maker's folders do not."""
+    """What makes the report again, its files by their names only: a report travels, its maker's folders do not.
+
+    Form of weights and device are always in it, as what they are by default depends on the machine.
+    """
     words = ["armchair", "evaluate", artist.bundle.name, "--data", *(Path(place).name for place in data)]
     if train:
         words += ["--train", *(Path(place).name for place in train)]
@@ -160,8 +174,12 @@ def _command(
         words += ["--features", *(Path(name).name for name in features)]
     if artist.ranker is not None and artist.ranker.id != artist.id:
         words += ["--ranker", artist.ranker.id.name]
-    if without:
-        words += ["--without-overlap", "FILE"]
+    for name, value in vars(artist.settings).items():
+        if value != getattr(artist.bundle_settings, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--weights", artist.weights, "--device", artist.device.type]
+    if without_list is not None:
+        words += ["--without-overlap", Path(without_list).name]
     for name, value in vars(config).items():
         if value != getattr(EvaluateConfig(), name):
             words += [f"--{name.replace('_', '-')}", str(value)]

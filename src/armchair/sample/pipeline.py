@@ -5,6 +5,7 @@ Legend: R resolution, S grid side, N = S*S codes a picture, K codebook size, T t
 Needs torch, numpy, pillow, tokenizers and safetensors only: nothing of training or data is imported.
 """
 
+import copy
 import functools
 import math
 import operator
@@ -212,7 +213,7 @@ class Artist:
             prior_config = from_dict(PriorConfig, recipe["prior"], "recipe.prior")
             drawing = recipe["drawing"]  # an older bundle lacks the settings that came after it
             defaults = {f.name: drawing[f.name] for f in fields(Settings) if f.name in drawing}
-            self.settings = from_dict(Settings, defaults, "recipe.drawing")
+            self.settings = self.bundle_settings = from_dict(Settings, defaults, "recipe.drawing")
             self.shape = shape = StreamShape(
                 text_vocab_size=operator.index(info["text_vocab_size"]),
                 text_length=operator.index(recipe["text_tokenizer"]["length"]),
@@ -243,6 +244,24 @@ class Artist:
         self.weights = weights or (default_weights() if device.type == "cpu" else "fp32")
         self._decoders: dict[str, Decoder] = {}
         self.decoder(self.weights)
+
+    def with_settings(
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        guidance: float | None = None,
+        naturalness: float | None = None,
+    ) -> "Artist":
+        """The same artist, which draws with these where it is asked for none; None is its own still. Raises as `draw`.
+
+        `bundle_settings` stay what the bundle has.
+        """
+        other = copy.copy(self)
+        other.settings = self._settings(temperature, top_k, top_p, min_p, guidance, naturalness)
+        return other
 
     def decoder(self, weights: str | None = None) -> Decoder:
         """What draws with the prior's weights in that form, one of WEIGHTS; None: in this artist's own.
