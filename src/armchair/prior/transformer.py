@@ -34,6 +34,7 @@ from armchair.errors import RequestError
 from armchair.prior.attention import (
     ImageKeys,
     check_pattern,
+    quicker_blocks,
     rotary_angles,
     stream_mask,
     turn,
@@ -315,6 +316,8 @@ class Prior(nn.Module):
         for pattern in set(config.patterns):
             mask = stream_mask(pattern, shape.text_length, shape.grid)
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
+        # For training on a CPU alone, so no buffers: they stay there.
+        self.sparse = {p: quicker_blocks(p, shape.text_length, shape.grid) for p in set(config.patterns)}
         self._initialise()
         if config.tied:
             self.image_head.weight = None  # type: ignore[assignment]  # see `_code_tables`
@@ -380,7 +383,7 @@ class Prior(nn.Module):
                 q, k = turn(q, self.query_angles), turn(k, self.key_angles)
             if watch is not None:
                 watch(layer, attention_shares(q, k, mask))
-            a = block.attention.merge(attend(q, k, v, mask))
+            a = block.attention.merge(attend(q, k, v, mask, sparse=self.sparse[pattern]))
             x = x + (a if dropout is None else dropout.of_features(a))
             m = block.mlp(x)
             x = x + (m if dropout is None else dropout.of_features(m))
