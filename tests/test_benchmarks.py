@@ -312,3 +312,15 @@ def test_the_mask_whole_and_by_blocks_are_timed_side_by_side(tmp_path, capsys, m
         assert row["mask_ms"] > 0 and len(row["blocks"]) == (0 if row["pattern"] == "full" else 2)
         assert row["takes"] == ("blocks" if row["grid"] == 16 and row["pattern"] != "full" else "mask")
         assert all(b["ms"] > 0 and b["ratio"] == row["mask_ms"] / b["ms"] for b in row["blocks"])
+
+
+def test_the_loss_of_states_and_of_logits_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
+    found = tmp_path / "found.json"
+    sizes = ["--batch", "2", "--text", "3", "--grid", "3", "--width", "8", "--vocab", "9", "--codebook", "11"]
+    flags = ["--rows", "4", "100", "--rounds", "1", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["", *sizes, *flags])
+    benchmark("head_loss").main()
+    assert list(json.loads(found.read_text())) == ["logits", "chunks of 4", "chunks of 100"]
+    monkeypatch.setattr("sys.argv", ["", *sizes, *flags, "--only", "chunks"])
+    benchmark("head_loss").main()
+    assert "peak of memory" in capsys.readouterr().out and "logits" not in json.loads(found.read_text())
