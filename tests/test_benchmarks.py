@@ -14,6 +14,7 @@ import torch
 from armchair.cli import main
 from armchair.config import from_dict, to_dict
 from armchair.errors import RequestError
+from armchair.prior.attention import PATTERNS
 from armchair.prior.transformer import PriorConfig
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
@@ -298,3 +299,46 @@ def test_cold_starts_of_bundles_are_timed_side_by_side(tmp_path, monkeypatch):
     seconds = cold.alternating({"short": lambda: None, "long": lambda: time.sleep(0.02)}, 3)
     assert [len(s) for s in seconds.values()] == [3, 3]
     assert cold.summary(seconds["long"], seconds["long"])["seconds"] >= 0.02
+
+
+def test_the_mask_whole_and_by_blocks_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
+    found, sizes = tmp_path / "found.json", ["--text", "3", "--width", "16", "--heads", "2", "--batch", "1"]
+    flags = ["--grids", "2", "16", "--queries", "4", "64", "--rounds", "1", "--dtype", "fp32", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["", *sizes, *flags])
+    benchmark("sparse_attention").main()
+    rows = json.loads(found.read_text())
+    assert [(row["grid"], row["pattern"]) for row in rows] == [(s, p) for s in (2, 16) for p in PATTERNS]
+    assert len(capsys.readouterr().out.splitlines()) == 9
+    for row in rows:
+        assert row["mask_ms"] > 0 and len(row["blocks"]) == (0 if row["pattern"] == "full" else 2)
+        assert row["takes"] == ("blocks" if row["grid"] == 16 and row["pattern"] != "full" else "mask")
+        assert all(b["ms"] > 0 and b["ratio"] == row["mask_ms"] / b["ms"] for b in row["blocks"])
+
+
+def test_the_loss_of_states_and_of_logits_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
+    found = tmp_path / "found.json"
+    sizes = ["--batch", "2", "--text", "3", "--grid", "3", "--width", "8", "--vocab", "9", "--codebook", "11"]
+    flags = ["--rows", "4", "100", "--rounds", "1", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["", *sizes, *flags])
+    benchmark("head_loss").main()
+    assert list(json.loads(found.read_text())) == ["logits", "chunks of 4", "chunks of 100"]
+    monkeypatch.setattr("sys.argv", ["", *sizes, *flags, "--only", "chunks"])
+    benchmark("head_loss").main()
+    assert "peak of memory" in capsys.readouterr().out and "logits" not in json.loads(found.read_text())
+
+
+def test_decoding_beside_the_drawing_and_after_it_are_timed(tmp_path, capsys, monkeypatch):
+    bundle, found, threads = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "found.json", torch.get_num_threads()
+    flags = ["--candidates", "20", "--rounds", "2", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["", str(bundle), *flags])
+    try:
+        torch.set_num_threads(2)
+        benchmark("decoding_beside").main()
+        torch.set_num_threads(1)
+        with pytest.raises(SystemExit, match="20 candidates with 1 threads are decoded after the drawing"):
+            benchmark("decoding_beside").main()
+    finally:
+        torch.set_num_threads(threads)
+    (row,) = json.loads(found.read_text())
+    assert row["candidates"] == 20 and 0 < row["decode"] < row["after"] and row["beside"] > 0
+    assert "times as fast" in capsys.readouterr().out

@@ -345,6 +345,24 @@ def test_a_loss_goes_back_through_every_weight_in_16_bits_too(dtype, name):
         assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.any(), name
 
 
+def test_a_larger_grid_is_gone_through_by_blocks_and_gives_the_same():
+    stream = tiny.shape(grid=16, text_length=4)
+    model = tiny.prior(stream, "row", "column", rotary=True)
+    text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
+
+    def found() -> list[Tensor]:
+        model.zero_grad()
+        logits = model(text, codes)
+        stream_loss(*logits, text, codes).loss.backward()
+        return [*logits, *(p.grad.clone() for p in model.parameters())]
+
+    assert None not in model.sparse.values()
+    blocked = found()
+    model.sparse = {"row": None, "column": None}
+    for a, b in zip(blocked, found(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 # Initialisation, loss and training.
 
 

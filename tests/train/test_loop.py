@@ -341,6 +341,14 @@ def test_smoothing_changes_what_is_minimised_and_not_what_is_told():
     assert abs(float(smoothed.detach()) - float(plain.detach())) > 0.01
 
 
+def test_a_prior_is_trained_and_validated_without_the_logits_of_a_whole_batch(monkeypatch):
+    stage = prior_stage()
+    expected, figures = float(stage.loss(next(stage.batches(0)), 0, 0)[0].detach()), stage.validate(stage.model)
+    monkeypatch.setattr(type(stage.model), "forward", lambda *_: pytest.fail("all logits at once"))
+    assert float(stage.loss(next(stage.batches(0)), 0, 0)[0].detach()) == expected
+    assert stage.validate(stage.model) == figures
+
+
 class Painter(nn.Module):
     """Decodes whatever it gets into the next of the pictures it was given."""
 

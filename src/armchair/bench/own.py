@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armchair.bench.peer import timed_drawing, timed_training
 from armchair.bench.shape import Job
-from armchair.prior.sequence import StreamShape, stream_loss
+from armchair.prior.sequence import StreamShape, stream_loss_of_states
 from armchair.prior.transformer import Prior, PriorConfig
 from armchair.runtime import autocast
 from armchair.sample.engine import Engine
@@ -83,8 +83,7 @@ def training(job: Job) -> Callable[[], None]:
 
     def update() -> None:
         with autocast(torch.device("cpu"), job.precision):
-            text_logits, image_logits = model(text, codes)
-            loss = stream_loss(text_logits, image_logits, text, codes).loss
+            loss = stream_loss_of_states(model.states(text, codes), model.heads(), text, codes).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

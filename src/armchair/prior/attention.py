@@ -7,11 +7,14 @@ image token sees the whole text. Image tokens are counted by raster index j = ro
 import torch
 from torch import Tensor
 
+from armchair.attention import QueryBlock, SparseBlocks, masked_scores
 from armchair.config import nearest
 from armchair.errors import RequestError
 
 PATTERNS = ("full", "row", "column", "convolutional")
 CONV_REACH = 5  # an 11 x 11 neighbourhood reaches 5 rows up and 5 columns to each side
+BLOCK_QUERIES = 64  # about as many queries of a sparse pattern are computed together
+LEAST_SAVED = 0.25  # of the scores, for which gathering what a block of a sparse pattern sees is worth it
 
 
 def check_pattern(pattern: str) -> None:
@@ -56,6 +59,46 @@ def stream_mask(pattern: str, text_length: int, grid: int) -> Tensor:
     j = torch.arange(length - first)
     mask[first:, first:] = sees(pattern, j[:, None], j[None, :], grid)
     return mask
+
+
+def stream_blocks(pattern: str, text_length: int, grid: int, queries: int = BLOCK_QUERIES) -> SparseBlocks:
+    """`stream_mask` as blocks of about so many queries each, with the text and what these see of the image.
+
+    The text is a block by itself. Columns of the image come several at a time, where they are short; of the other
+    patterns a block is a run of the raster, and its keys begin where what its first query sees begins.
+    """
+    mask = stream_mask(pattern, text_length, grid)
+    length, first = len(mask), text_length + 1
+    positions = torch.arange(length)
+    runs: list[tuple[tuple[slice, ...], tuple[slice, ...]]] = [((slice(0, first),), ())]
+    if pattern == "column":
+        columns = [slice(first + c, length, grid) for c in range(min(grid, length - first))]
+        together = max(1, queries // grid)
+        groups = [tuple(columns[i : i + together]) for i in range(0, len(columns), together)]
+        runs += [(group, group) for group in groups]
+    else:
+        reach = {"row": grid, "convolutional": CONV_REACH * (grid + 1)}.get(pattern, length)
+        for start in range(first, length, queries):
+            end = min(start + queries, length)
+            runs.append(((slice(start, end),), (slice(max(first, start - reach), end),)))
+    blocks = []
+    for rows, keys in runs:
+        query = torch.cat([positions[run] for run in rows])
+        key = torch.cat([positions[:first], *(positions[run] for run in keys)])
+        blocks.append(QueryBlock(rows, keys, mask[query[:, None], key]))
+    return SparseBlocks(first, tuple(blocks))
+
+
+def quicker_blocks(pattern: str, text_length: int, grid: int) -> SparseBlocks | None:
+    """`stream_blocks` where they are enough less to compute than the masked whole, which small grids are quicker with.
+
+    A row of a small grid sees most of what came before, and a convolution nearly all; blocks then save few scores and
+    cost copies of the keys.
+    """
+    if pattern == "full":
+        return None
+    blocks = stream_blocks(pattern, text_length, grid)
+    return blocks if blocks.scores <= (1 - LEAST_SAVED) * masked_scores(text_length + grid**2) else None
 
 
 def rotary_angles(grid: int, size: int) -> Tensor:

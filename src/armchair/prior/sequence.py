@@ -20,6 +20,10 @@ from torch import Tensor
 
 from armchair.errors import RequestError
 
+# Rows whose logits are there at once, in a loss that starts from states: enough for products at full speed, and for
+# the sums of the weight's gradient, one a chunk, not to count.
+HEAD_ROWS = {"cpu": 1024, "cuda": 4096}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamShape:
@@ -89,6 +93,44 @@ def stream_loss(
     return StreamLoss(text_weight * text + (1 - text_weight) * image, text, plain if label_smoothing else image)
 
 
+class Head(NamedTuple):
+    """What makes logits of states."""
+
+    weight: Tensor  # (K, D)
+    bias: Tensor  # (K,)
+
+
+def stream_loss_of_states(
+    states: Tensor,
+    heads: tuple[Head, Head],
+    text_tokens: Tensor,
+    codes: Tensor,
+    text_weight: float = 1 / 8,
+    label_smoothing: float = 0.0,
+) -> StreamLoss:
+    """`stream_loss` of the logits that the heads make of states (B, L, D), of which a chunk is there at a time.
+
+    heads: that of the text, on the first T positions, and that of the image, on the others.
+    """
+    t, (text_head, image_head) = text_tokens.shape[1], heads
+    text, _ = head_cross_entropies(states[:, :t].flatten(0, 1), text_head, text_tokens.flatten())
+    image, plain = head_cross_entropies(states[:, t:].flatten(0, 1), image_head, codes.flatten(), label_smoothing)
+    return StreamLoss(text_weight * text + (1 - text_weight) * image, text, plain if label_smoothing else image)
+
+
+def head_cross_entropies(states: Tensor, head: Head, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`cross_entropies` of the logits that a head makes of states (M, D), without ever holding all of these.
+
+    Products are in the type that autocast asks for, or else in that of the states; sums over rows are in 32 bits.
+    """
+    device = states.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in (states, *head))
+    with torch.autocast(device, enabled=False):
+        return _HeadCrossEntropies.apply(states, *head, targets, smoothing, dtype, learned)
+
+
 def cross_entropies(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Means of -log softmax(logits)[target] in nats, computed in float32: smoothed, and plain, without a gradient.
 
@@ -131,6 +173,58 @@ class _CrossEntropies(torch.autograd.Function):
                 p.sub_(ctx.smoothing / p.shape[1])
             out[rows] = p.mul_(grad / len(logits)).to(out.dtype)
         return out, None, None
+
+
+class _HeadCrossEntropies(torch.autograd.Function):
+    """Chunk by chunk: the logits, the loss, and at once its gradients, so that no logits are kept or computed again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, dtype: torch.dtype,
+        learned: bool,
+    ):  # fmt: skip
+        count, size = len(states), HEAD_ROWS.get(states.device.type, HEAD_ROWS["cuda"])
+        x, w, b = (tensor.detach().to(dtype) for tensor in (states, weight, bias))
+        nll = torch.empty(count, device=x.device)
+        spread = torch.zeros_like(nll)  # the target's logit less the mean of all
+        dx = torch.empty_like(x) if learned else None
+        dw, db = (torch.zeros(p.shape, device=p.device) if learned else None for p in (weight, bias))
+        room = x.new_empty(min(size, count), len(weight))
+        for start in range(0, count, size):
+            rows = slice(start, min(start + size, count))
+            logits = room[: rows.stop - start]
+            torch.addmm(b, x[rows], w.T, out=logits)
+            for block in _row_blocks(logits):
+                here = slice(start + block.start, min(start + block.stop, rows.stop))
+                logs, t = logits[block].log_softmax(1, dtype=torch.float32), targets[here, None]
+                of_target = logs.gather(1, t)[:, 0]
+                nll[here] = -of_target
+                if smoothing:
+                    spread[here] = of_target - logs.mean(1)
+                if db is not None:
+                    p = logs.exp_()
+                    p.scatter_add_(1, t, p.new_full(t.shape, smoothing - 1.0))
+                    if smoothing:
+                        p.sub_(smoothing / p.shape[1])
+                    db += p.mul_(1 / count).sum(0)
+                    logits[block] = p
+            if dx is not None and dw is not None:
+                torch.mm(logits, w, out=dx[rows])
+                if dtype == torch.float32:
+                    dw.addmm_(logits.T, x[rows])
+                else:
+                    dw += logits.T @ x[rows]
+        if dx is not None and dw is not None and db is not None:
+            ctx.save_for_backward(dx, dw, db)
+        ctx.types = states.dtype, weight.dtype, bias.dtype
+        plain = nll.mean()
+        ctx.mark_non_differentiable(plain)
+        return plain + smoothing * spread.mean() if smoothing else plain.clone(), plain
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
+        gradients = ((grad * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.types, strict=True))
+        return *gradients, None, None, None, None
 
 
 def _row_blocks(x: Tensor) -> list[slice]:

@@ -34,11 +34,12 @@ from armchair.errors import RequestError
 from armchair.prior.attention import (
     ImageKeys,
     check_pattern,
+    quicker_blocks,
     rotary_angles,
     stream_mask,
     turn,
 )
-from armchair.prior.sequence import StreamShape, text_input_ids
+from armchair.prior.sequence import Head, StreamShape, text_input_ids
 
 BASE_WIDTH = 256  # the width at which a recipe's step size is stated, where it says no other
 NORM_EPSILON = 1e-5  # of every norm, as PyTorch's LayerNorm has it
@@ -315,9 +316,11 @@ class Prior(nn.Module):
         for pattern in set(config.patterns):
             mask = stream_mask(pattern, shape.text_length, shape.grid)
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
+        # For training on a CPU alone, so no buffers: they stay there.
+        self.sparse = {p: quicker_blocks(p, shape.text_length, shape.grid) for p in set(config.patterns)}
         self._initialise()
         if config.tied:
-            self.image_head.weight = None  # type: ignore[assignment]  # see `_code_tables`
+            self.image_head.weight = None  # type: ignore[assignment]  # see `_output_table`
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -365,10 +368,26 @@ class Prior(nn.Module):
         `watch` is told, layer after layer, how much each position attends to which: shares (B, H, L, L) that sum to 1
         over the last, zero where nothing is seen. Position T + j predicts code j.
         """
-        t = self.shape.text_length
-        inputs, outputs = self._code_tables()
+        t, x = self.shape.text_length, self.states(text_tokens, codes, dropout, watch)
+        text, image = self.heads()
+        return F.linear(x[:, :t], *text), F.linear(x[:, t:], *image)
+
+    def heads(self) -> tuple[Head, Head]:
+        """What makes logits of `states`: of the first T positions, and of the others."""
+        text = Head(self.text_head.weight, self.text_head.bias)
+        return text, Head(self._output_table(), self.image_head.bias)
+
+    def states(
+        self,
+        text_tokens: Tensor,
+        codes: Tensor,
+        dropout: Dropout | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """What the heads are given, (B, L, D), as in `forward`. A loss of them need not hold all logits at once."""
         seen = codes[:, :-1]
-        image = F.embedding(seen if dropout is None else dropout.of_tokens(seen), inputs)
+        tokens = seen if dropout is None else dropout.of_tokens(seen)
+        image = F.embedding(tokens, self._input_table())
         if dropout is not None:
             image = dropout.of_codes(image)
         image = image + self._positions()[: codes.shape[1] - 1]
@@ -380,22 +399,23 @@ class Prior(nn.Module):
                 q, k = turn(q, self.query_angles), turn(k, self.key_angles)
             if watch is not None:
                 watch(layer, attention_shares(q, k, mask))
-            a = block.attention.merge(attend(q, k, v, mask))
+            a = block.attention.merge(attend(q, k, v, mask, sparse=self.sparse[pattern]))
             x = x + (a if dropout is None else dropout.of_features(a))
             m = block.mlp(x)
             x = x + (m if dropout is None else dropout.of_features(m))
-        x = self.norm(x)
-        return self.text_head(x[:, :t]), F.linear(x[:, t:], outputs, self.image_head.bias)
+        return self.norm(x)
 
-    def _code_tables(self) -> tuple[Tensor, Tensor]:
-        """The vectors that image tokens come in as, and those that their logits are products with, (K, D) each."""
+    def _input_table(self) -> Tensor:
+        """The vectors that image tokens come in as, (K, D)."""
         inputs = self.image_embedding.weight
+        return inputs if self.code_inputs is None else inputs + self.code_inputs()
+
+    def _output_table(self) -> Tensor:
+        """The vectors that the logits of image tokens are products with, (K, D)."""
         if self.config.tied:  # the scale makes an update move the logits alike at every width
-            return inputs, inputs * (BASE_WIDTH / self.config.d_model)
+            return self.image_embedding.weight * (BASE_WIDTH / self.config.d_model)
         outputs = self.image_head.weight
-        if self.code_inputs is None or self.code_outputs is None:
-            return inputs, outputs
-        return inputs + self.code_inputs(), outputs + self.code_outputs()
+        return outputs if self.code_outputs is None else outputs + self.code_outputs()
 
     def folded(self) -> "Prior":
         """The same model with its codes' vectors written out, in and out, which is what draws; itself where they are.
@@ -407,7 +427,7 @@ class Prior(nn.Module):
         shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.parameters()}
         plain = copy.deepcopy(self, {**shared, **{id(b): b for b in self.buffers()}})
         with torch.no_grad():
-            inputs, outputs = self._code_tables()
+            inputs, outputs = self._input_table(), self._output_table()
         plain.image_embedding.weight = nn.Parameter(inputs, requires_grad=False)
         plain.image_head.weight = nn.Parameter(outputs, requires_grad=False)
         plain.code_inputs = plain.code_outputs = None

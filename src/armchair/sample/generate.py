@@ -51,6 +51,11 @@ class Decoder(Protocol):
     def decode_together(self, steps: "Sequence[Step]") -> list[Tensor]: ...
 
 
+def micro_batch_rows(decoder: Decoder) -> int:
+    """How many pictures `draw_codes` draws together, at most."""
+    return AT_ONCE if decoder.independent_rows else MICRO_BATCH
+
+
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
     """(len(candidates), length) float64 in [0, 1): each candidate's own stream, from (seed, candidate)."""
     rows = [
@@ -226,11 +231,13 @@ def draw_codes(
     forced: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
     until: int | None = None,
+    finished: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Draw one picture's codes a row: text_tokens (P, T), rows: which caption each is for, uniforms (B, N).
 
     Gives codes (B, S, S) int64. `forced` (B, N) and `until` as in `MicroBatch`; codes that are not drawn are 0.
-    `progress` is told how many rows are done, and of how many.
+    `progress` is told how many rows are done, and of how many; `finished` the codes (m, S, S) of each micro-batch as
+    soon as they are drawn, in order.
     """
     if isinstance(decoder, Prior):
         decoder = decoder.folded()
@@ -238,8 +245,7 @@ def draw_codes(
     prompts = read_prompts(decoder, text_tokens.to(device))
     null = read_prompts(decoder, null_text(1, decoder.shape, device))
     given = torch.full_like(uniforms, FREE, dtype=torch.int64) if forced is None else forced
-    size = AT_ONCE if decoder.independent_rows else MICRO_BATCH
-    done = []
+    size, grid, done = micro_batch_rows(decoder), decoder.shape.grid, []
     for start in range(0, len(rows), size):
         end = min(start + size, len(rows)) if decoder.independent_rows else start + size
         pick_rows = torch.arange(start, end).clamp(max=len(rows) - 1)  # filled up with copies of the last row
@@ -249,10 +255,12 @@ def draw_codes(
         batch = MicroBatch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead, until)
         for _ in draw_micro_batch(decoder, batch):
             pass
-        done.append(batch.codes[: len(rows) - start])
+        done.append(batch.codes[: len(rows) - start].unflatten(1, (grid, grid)))
+        if finished is not None:
+            finished(done[-1])
         if progress is not None:
             progress(min(start + size, len(rows)), len(rows))
-    return torch.cat(done).unflatten(1, (decoder.shape.grid, decoder.shape.grid))
+    return torch.cat(done)
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from armchair.image.tokenizer import image_tokenizer_config, make_image_tokenize
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig, PromptCache
 from armchair.runtime import pick_device
+from armchair.sample.decoding import DecodingThread
 from armchair.sample.engine import WEIGHTS, Engine, default_weights
 from armchair.sample.generate import (
     AHEAD,
@@ -40,6 +41,7 @@ from armchair.sample.generate import (
     candidate_uniforms,
     draw_codes,
     draw_micro_batch,
+    micro_batch_rows,
     read_prompts,
 )
 from armchair.sample.next_token import Settings
@@ -63,6 +65,7 @@ MAX_SEED = 2**63 - 1
 UNDRAWN = (128, 128, 128)  # of a partial picture
 SHEET_CELL = 256  # pixels, about, of a picture on a contact sheet
 
+Finished = Callable[[Tensor], None]  # told of each batch of codes (m, S, S) as soon as it is drawn
 Rectangle = tuple[int, int, int, int]  # x, y, x2, y2 in pixels; x2 and y2 are exclusive
 
 
@@ -338,12 +341,10 @@ class Artist:
             guidance=guidance,
             naturalness=naturalness,
         )
+        forced = None
         if halve:
-            chosen, codes = self._draw_halved(plan, keep or 0, progress)
-            plan = replace(plan, candidates=chosen)
-        else:
-            codes = self._draw(prompt, plan.candidates, plan.seed, plan.settings, progress=progress)
-        return self._drawing(plan, codes)
+            plan, forced, progress = self._halved(plan, keep or 0, progress)
+        return self._drawing(plan, *self._draw_pictures(plan, forced, progress))
 
     def draw_each(self, prompts: Sequence[str], *, seed: int = 0, first: int = 0) -> list[Image.Image]:
         """One picture a prompt, drawn together; that of prompt i is what `draw` has as its candidate `first` + i.
@@ -355,8 +356,12 @@ class Artist:
         tokens = torch.cat([self._tokens(prompt) for prompt in prompts])
         candidates = range(_whole("first", first, 0, MAX_SEED), first + len(prompts))
         uniforms = candidate_uniforms(_whole("seed", seed, 0, MAX_SEED), candidates, self.shape.image_length)
-        codes = draw_codes(self.decoder(), tokens, range(len(prompts)), uniforms, self.settings)
-        return self._decode(codes.cpu().numpy())
+        decoder, rows = self.decoder(), range(len(prompts))
+
+        def draw(finished: Finished | None) -> np.ndarray:
+            return draw_codes(decoder, tokens, rows, uniforms, self.settings, finished=finished).cpu().numpy()
+
+        return self._decoded(len(prompts), draw)[1]
 
     def draw_stream(
         self,
@@ -418,8 +423,7 @@ class Artist:
             guidance=guidance,
             naturalness=naturalness,
         )
-        codes = self._draw(prompt, plan.candidates, plan.seed, plan.settings, plan.forced, progress)
-        return self._drawing(plan, codes)
+        return self._drawing(plan, *self._draw_pictures(plan, plan.forced, progress))
 
     def redraw(self, path: str | Path) -> Drawing:
         """Draw the picture in a PNG once more from its record, bit for bit.
@@ -562,9 +566,12 @@ class Artist:
 
         A picture's bytes do not depend on which others are made with it. n may be 0.
         """
-        if not len(codes):
-            return []
-        images = self._decode(codes)
+        return self._finish(plans, self._decode(codes), rows) if len(codes) else []
+
+    def _finish(
+        self, plans: Sequence[Plan], images: list[Image.Image], rows: Sequence[int] | None = None
+    ) -> list[Image.Image]:
+        """What `pictures` does with decoded ones."""
         for i, (image, plan) in enumerate(zip(images, plans, strict=True)):
             if rows is not None and rows[i] < self.grid:
                 image.paste(UNDRAWN, (0, rows[i] * (self.resolution // self.grid), self.resolution, self.resolution))
@@ -680,19 +687,55 @@ class Artist:
         progress: Callable[[int, int], None] | None = None,
         weights: str | None = None,
         until: int | None = None,
+        finished: Finished | None = None,
     ) -> np.ndarray:
         """Codes (n, S, S) of candidates; `forced` holds given ones, (S, S) for all or (n, S, S)."""
         uniforms = candidate_uniforms(seed, candidates, self.shape.image_length)
         given = None if forced is None else torch.from_numpy(forced).flatten(-2).expand(uniforms.shape)
         rows = [0] * len(candidates)
         decoder = self.decoder(weights)
-        codes = draw_codes(decoder, self._tokens(prompt), rows, uniforms, settings, given, progress, until)
+        tokens = self._tokens(prompt)
+        codes = draw_codes(decoder, tokens, rows, uniforms, settings, given, progress, until, finished)
         return codes.cpu().numpy()
 
-    def _draw_halved(
+    def _draw_pictures(
+        self, plan: Plan, forced: np.ndarray | None, progress: Callable[[int, int], None] | None
+    ) -> tuple[np.ndarray, list[Image.Image]]:
+        """The codes of a plan's candidates, `_draw`, and what they decode to."""
+
+        def draw(finished: Finished | None) -> np.ndarray:
+            return self._draw(
+                plan.prompt, plan.candidates, plan.seed, plan.settings, forced, progress, finished=finished
+            )
+
+        return self._decoded(len(plan.candidates), draw)
+
+    def _decoded(
+        self, count: int, draw: Callable[[Finished | None], np.ndarray]
+    ) -> tuple[np.ndarray, list[Image.Image]]:
+        """The codes of `count` pictures that `draw` gives, and these pictures.
+
+        On a CPU what is drawn already is decoded beside the drawing, which leaves threads idle between its small
+        products. The bytes are the same: pictures are decoded by the same eights, and convolutions are shared out to
+        threads by what they give.
+        """
+        if not self._decodes_beside(count):
+            codes = draw(None)
+            return codes, self._decode(codes)
+        with DecodingThread(lambda codes: self._decode(codes.numpy())) as thread:
+            codes = draw(thread.take)
+            return codes, thread.pictures()
+
+    def _decodes_beside(self, count: int) -> bool:
+        """Whether so many pictures are worth a thread that decodes: there are two threads, and more than one batch."""
+        on_cpu = self.device.type == "cpu"
+        return on_cpu and torch.get_num_threads() > 1 and count > micro_batch_rows(self.decoder())
+
+    def _halved(
         self, plan: Plan, keep: int, progress: Callable[[int, int], None] | None
-    ) -> tuple[list[int], np.ndarray]:
-        """The candidates whose upper halves the ranker finds better, half of them or `keep`, and their codes.
+    ) -> tuple[Plan, np.ndarray, Callable[[int, int], None] | None]:
+        """The plan with the candidates whose upper halves the ranker finds better, half of them or `keep`; the codes
+        of these halves, FREE below; and whom to tell of the rest of the work.
 
         The halves are all that is held of the others, and what is kept of them is read again at once, so that memory
         is bounded however many there are.
@@ -710,8 +753,7 @@ class Artist:
         better = sorted(sorted(range(count), key=lambda i: -scores[i])[:left])
         forced = upper[better]
         forced[:, rows:] = FREE
-        chosen = [candidates[i] for i in better]
-        return chosen, self._draw(prompt, chosen, seed, settings, forced, told(count))
+        return replace(plan, candidates=[candidates[i] for i in better]), forced, told(count)
 
     def _mirrored(self, codes: np.ndarray, rows: int) -> list[Image.Image]:
         """Pictures of which the first `rows` rows of codes are drawn, half or more: mirrored, they fill the rest.
@@ -748,9 +790,12 @@ class Artist:
         yield drawing.images[0].copy()
         yield drawing
 
-    def _drawing(self, plan: Plan, codes: np.ndarray, rank: bool = True) -> Drawing:
+    def _drawing(
+        self, plan: Plan, codes: np.ndarray, images: list[Image.Image] | None = None, rank: bool = True
+    ) -> Drawing:
+        """Of codes, and what they decode to where that is done already."""
         plans = [plan] * len(codes)
-        images = self.pictures(plans, codes)
+        images = self.pictures(plans, codes) if images is None else self._finish(plans, images)
         scores = self.scores(plans, images, codes) if rank else [None] * len(images)
         return self.drawing(plan, codes, images, scores)
 

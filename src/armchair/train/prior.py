@@ -17,7 +17,7 @@ from armchair.data.token_cache import TokenCache
 from armchair.image.network import ImageTokenizer
 from armchair.image.pixels import to_pil
 from armchair.image.sheet import contact_sheet
-from armchair.prior.sequence import stream_loss
+from armchair.prior.sequence import stream_loss_of_states
 from armchair.prior.transformer import Dropout, Prior, lookalikes
 from armchair.runtime import generator, stream_seed
 from armchair.sample.engine import Engine, default_weights
@@ -82,9 +82,9 @@ class PriorStage:
 
     def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         text, codes = batch
-        text_logits, image_logits = self.model(text, codes, self._dropout(step, part, codes.device))
+        states = self.model.states(text, codes, self._dropout(step, part, codes.device))
         weight, smoothing = self.config.text_weight, self.config.label_smoothing
-        loss = stream_loss(text_logits, image_logits, text, codes, weight, smoothing)
+        loss = stream_loss_of_states(states, self.model.heads(), text, codes, weight, smoothing)
         return loss.loss, _figures(loss.text.detach(), loss.image.detach())
 
     def _dropout(self, step: int, part: int, device: torch.device) -> Dropout | None:
@@ -112,8 +112,8 @@ class PriorStage:
             captions = [self.validation.captions[i][0][0] for i in images]
             tokens = self.text_tokenizer.encode(captions, self.recipe.text_tokenizer.length)
             text = torch.from_numpy(tokens).to(device)
-            text_logits, image_logits = model(text, codes)
-            loss = stream_loss(text_logits, image_logits, text, codes, self.config.text_weight)
+            states = model.states(text, codes)
+            loss = stream_loss_of_states(states, model.heads(), text, codes, self.config.text_weight)
             sums += len(images) * np.array([float(part) for part in loss])
         loss_all, text_loss, image_loss = sums / count
         figures = {"loss": float(loss_all), **_figures(float(text_loss), float(image_loss))}
