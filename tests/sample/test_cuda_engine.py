@@ -2,6 +2,7 @@ import copy
 import gc
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from armchair.prior.attention import PATTERNS
 from armchair.prior.sequence import null_text
 from armchair.prior.transformer import Prior
 from armchair.runtime import has_fast_bfloat16
-from armchair.sample.cuda_engine import CudaEngine, as_it_is
+from armchair.sample.cuda_engine import CudaEngine, as_it_is, default_cuda_weights
 from armchair.sample.engine import Engine
 from armchair.sample.generate import (
     FREE,
@@ -332,6 +333,18 @@ def test_other_devices_keep_the_literal_decoder(elsewhere):
 def test_unknown_weights_are_refused():
     with pytest.raises(RequestError, match="weights.*'bf17'"):
         CudaEngine(tiny.prior(STREAM, "full"), "bf17")
+
+
+
+@pytest.mark.parametrize(("major", "weights"), [(7, "fp32"), (8, "bf16")])
+def test_emulated_bfloat16_is_not_taken_for_native(major, weights, monkeypatch):
+    """Which GPUs before Ampere have, slower than 32 bits."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert default_cuda_weights(torch.device("cuda")) == weights
 
 
 # Where there is a GPU: the graphs themselves.

@@ -33,7 +33,7 @@ from armchair.sample.engine import Places
 
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the form of the weights
 WARM_UPS = 3  # steps before the one that is recorded, in which libraries set up what they need
-ALIGNED = 8  # slots come by so many: attention reads a mask of such a length without making a copy of it
+ALIGNED = 16  # slots come by so many: attention reads a mask of such a length without making a copy of it
 RECORDING = threading.Lock()  # PyTorch allows one recording at a time in a process, whatever engine it is of
 
 Step = Callable[[], None]
