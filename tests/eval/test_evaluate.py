@@ -375,6 +375,7 @@ def test_the_page_in_a_browser(report: Path, browser) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
 
     page.keyboard.press("Home")
+    page.wait_for_function("() => scrollY === 0")  # a browser scrolls there bit by bit
     for _ in range(4):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # the fourth link of the contents
