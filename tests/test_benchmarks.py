@@ -359,3 +359,18 @@ def test_decoding_beside_the_drawing_and_after_it_are_timed(tmp_path, capsys, mo
     (row,) = json.loads(found.read_text())
     assert row["candidates"] == 20 and 0 < row["decode"] < row["after"] and row["beside"] > 0
     assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_drawing_has_not_become_slower(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [""])
+    benchmark("ratios").main()
+    assert "grid 24 over 8, full" in capsys.readouterr().out
+
+
+def test_what_has_become_slower_is_told():
+    ratios = benchmark("ratios")
+    fine = {**{name: 9.0 for name in ratios.AT_LEAST}, **{name: 1.0 for name in ratios.AT_MOST}}
+    assert ratios.broken(fine) == []
+    assert ratios.broken({**fine, "batch 8": 1.0}) == ["batch 8: 1.00, at least 1.4"]
+    assert ratios.broken({**fine, "grid 24 over 8, row": 3.0}) == ["grid 24 over 8, row: 3.00, at most 1.5"]
