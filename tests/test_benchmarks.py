@@ -290,20 +290,36 @@ def test_a_run_without_codes_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_cold_starts_of_bundles_are_timed_side_by_side(tmp_path, monkeypatch):
-    def run(command: list[str], **options: object) -> None:  # in this process, which has PyTorch already
-        assert command[1] == "-c" or main(command[3:]) == 0
-
-    monkeypatch.setattr("subprocess.run", run)
+def test_cold_starts_of_bundles_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
     cold, models = benchmark("cold_start"), [str(write_tiny_bundle(tmp_path / "tiny")), str(tmp_path / "small.zip")]
+
+    def here(command: list[str]) -> str:  # in this process, which has PyTorch already
+        assert command[1] == "-c" or main(command[3:]) == 0
+        return "7\n"
+
     export_bundle(models[0], tmp_path / "small.zip")
-    found = cold.measure(models, 1)["bundles"]
-    assert found[models[1]]["bytes"] == (tmp_path / "small.zip").stat().st_size
-    for key in ("start", "open", "draw"):
-        assert found[models[0]][key]["ratio"] == 1 and found[models[1]][key]["seconds"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cold, "run", here)
+        patch.setattr("sys.argv", ["", *models, "--candidates", "2", "3", "--keep", "1", "--rounds", "1"])
+        cold.main()
+        found = cold.measure(models, [2], None, 1)
+    assert capsys.readouterr().out.count("3 candidates: shell to files") == 2
+    assert found["open"][models[1]]["bytes"] == (tmp_path / "small.zip").stat().st_size
+    first, second = found["starts"]
+    for key in ("start", "draw"):
+        assert first[key]["ratio"] == 1 and second[key]["seconds"] > 0
     seconds = cold.alternating({"short": lambda: None, "long": lambda: time.sleep(0.02)}, 3)
     assert [len(s) for s in seconds.values()] == [3, 3]
     assert cold.summary(seconds["long"], seconds["long"])["seconds"] >= 0.02
+
+
+def test_a_start_tells_its_own_peak_of_memory_and_what_went_wrong():
+    cold = benchmark("cold_start")
+    small, large = (cold.peak_memory([sys.executable, "-c", does]) for does in ("pass", "bytearray(200 << 20)"))
+    assert 0 < small < 100 << 20 and 200 << 20 < large < 300 << 20
+    for work in (cold.run, cold.peak_memory):
+        with pytest.raises(SystemExit, match="no such thing"):
+            work([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
 def test_the_mask_whole_and_by_blocks_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
@@ -347,6 +363,21 @@ def test_decoding_beside_the_drawing_and_after_it_are_timed(tmp_path, capsys, mo
     (row,) = json.loads(found.read_text())
     assert row["candidates"] == 20 and 0 < row["decode"] < row["after"] and row["beside"] > 0
     assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_drawing_has_not_become_slower(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [""])
+    benchmark("ratios").main()
+    assert "grid 24 over 8, full" in capsys.readouterr().out
+
+
+def test_what_has_become_slower_is_told():
+    ratios = benchmark("ratios")
+    fine = {**{name: 9.0 for name in ratios.AT_LEAST}, **{name: 1.0 for name in ratios.AT_MOST}}
+    assert ratios.broken(fine) == []
+    assert ratios.broken({**fine, "batch 8": 1.0}) == ["batch 8: 1.00, at least 1.4"]
+    assert ratios.broken({**fine, "grid 24 over 8, row": 3.0}) == ["grid 24 over 8, row: 3.00, at most 1.5"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")

@@ -1,6 +1,7 @@
 """What commands set for the libraries below PyTorch, and whom it must not touch."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -66,3 +67,26 @@ def test_the_first_candidates_are_the_same_among_few_and_many(weights, tmp_path)
         drawn[count] = {record["candidate"]: record["codes"] for record in records if record["candidate"] < 2}
     assert len(drawn[2]) == 2 and drawn[2] == drawn[9]
     run("redraw", next((tmp_path / "9").glob("*.png")), "--out", tmp_path / "again.png")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_training_keeps_memory_that_is_freed():
+    code = (
+        "import resource, sys, torch\n"
+        "from armchair import environment\n"
+        "if sys.argv[1:]: environment.for_training()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def updates(count):\n"
+        "    for _ in range(count): blocks = [torch.ones(n << 20) for n in (20, 12, 16, 12)]; del blocks\n"  # 240 MB
+        "updates(16); before = faults()\n"
+        "updates(4)\n"
+        "print(faults() - before)"
+    )
+
+    def faults(*flags: str, **more: str) -> int:
+        surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))} | more
+        done = subprocess.run([sys.executable, "-c", code, *flags], env=surroundings, check=True, capture_output=True)
+        return int(done.stdout)
+
+    assert faults() > 200_000 and faults("x") < 20_000
+    assert faults("x", MALLOC_ARENA_MAX="4") > 200_000  # what the user has set stays

@@ -271,6 +271,7 @@ def train(args: argparse.Namespace) -> int:
     from armchair.train.recipe import read_recipe
     from armchair.train.run import recipe_for_init, start_run
 
+    environment.for_training()
     overrides: dict[str, Any] = {}
     if args.data:  # the recipe's own validation pictures are of its own data
         overrides = {"data.train": args.data, "data.val": []}

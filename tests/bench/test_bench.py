@@ -101,12 +101,3 @@ def test_a_measurement_that_fails_says_why(monkeypatch):
 def test_unknown_systems_are_refused_before_anything_is_timed():
     with pytest.raises(RequestError, match="unknown 'gpt3'.*gpt2"):
         bench(SMALL, ["gpt3"], [1], peer_python=sys.executable, rounds=1)
-
-
-@pytest.mark.slow
-def test_the_engine_outruns_the_literal_decoder():
-    """Ratios in one process, never times: a third of what they are on an idle machine is asked for."""
-    sizes = {"text": 16, "grid": 8, "text_vocab": 1000, "codebook": 2048, "width": 512, "depth": 4, "heads": 8}
-    found = run(Job(system="armchair-int8", **sizes), extra="ratios")
-    assert found["batch 1"] > 1.3 and found["batch 8"] > 1.2
-    assert found["grid 24 over 8, row"] < 2.0  # a step's time: a token sees no more keys on a larger grid

@@ -363,6 +363,7 @@ def test_the_page_in_a_browser(report: Path, browser) -> None:
     wrong: list[str] = []
     context = browser.new_context(viewport={"width": 420, "height": 700})
     page = context.new_page()
+    page.set_default_timeout(10_000)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", lambda request: wrong.append(request.url))
     page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
@@ -374,12 +375,15 @@ def test_the_page_in_a_browser(report: Path, browser) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
 
     page.keyboard.press("Home")
+    page.wait_for_function("() => scrollY === 0")  # a browser scrolls there bit by bit
     for _ in range(4):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # the fourth link of the contents
     page.wait_for_function("() => location.hash === '#fidelity'")
-    top = page.locator("#fidelity").bounding_box()["y"]
-    assert -1 <= top < 350
+    page.wait_for_function(
+        "() => { const top = document.querySelector('#fidelity').getBoundingClientRect().top;"
+        " return -1 <= top && top < 350; }"
+    )
     wide = page.get_by_role("region", name="Exact accuracy")
     for _ in range(60):
         page.keyboard.press("Tab")

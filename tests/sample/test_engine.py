@@ -135,8 +135,9 @@ def test_drawing_equals_the_literal_sampler():
 
 
 @ATTENTION
+@pytest.mark.skipif("int8" not in HERE, reason="this processor does not add up eight-bit products exactly")
 def test_eight_bit_drawings_follow_the_models_distribution():
-    assert tiny.off_distribution(lambda model: Engine(model, HERE[-1])) < 0.04
+    assert tiny.off_distribution(lambda model: Engine(model, "int8")) < 0.04
 
 
 # Determinism.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armchair import environment
 from armchair.bench.peer import timed_drawing, timed_training
 from armchair.bench.shape import Job
 from armchair.prior.sequence import StreamShape, stream_loss_of_states
@@ -211,6 +212,7 @@ def main() -> None:
         with torch.inference_mode():
             result = ratios(job)
     elif job.what == "training":
+        environment.for_training()  # as `armchair train` does
         result = timed_training(training(job), job)
     else:
         with torch.inference_mode():

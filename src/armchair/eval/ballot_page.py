@@ -17,6 +17,7 @@ PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark; }
 body { font: 18px/1.4 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 1rem; text-align: center; }
+[hidden] { display: none !important; }
 h1 { font-size: 1.3rem; min-height: 2.8em; display: grid; place-items: center; margin: .5rem 0; }
 h1 { overflow-wrap: anywhere; }
 #pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }

@@ -168,9 +168,9 @@ def _shared(first: System, second: System, wanted: set[str] | None) -> list[tupl
         return [(caption, j, i) for caption, i, j in _shared(second, first, wanted)]
     of_second: dict[str, list[int]] = {}
     if isinstance(second, PictureFolder):
-        for j, captions in second.captions():
+        for number, captions in second.captions():
             for caption in captions:
-                of_second.setdefault(_same(caption), []).append(j)
+                of_second.setdefault(_same(caption), []).append(number)
     found: list[tuple[str, int | None, int | None]] = []
     taken: set[str] = set()
     used: set[int] = set()
