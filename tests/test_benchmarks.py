@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from armchair.bench.shape import Job
 from armchair.cli import main
 from armchair.config import from_dict, to_dict
 from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS
 from armchair.prior.transformer import PriorConfig
+from armchair.sample.cuda_engine import CudaEngine
 from armchair.sample.engine import exact_products
 from armchair.sample.export import export_bundle
 from armchair.sample.pipeline import load_artist
@@ -374,3 +378,33 @@ def test_what_has_become_slower_is_told():
     assert ratios.broken(fine) == []
     assert ratios.broken({**fine, "batch 8": 1.0}) == ["batch 8: 1.00, at least 1.4"]
     assert ratios.broken({**fine, "grid 24 over 8, row": 3.0}) == ["grid 24 over 8, row: 3.00, at most 1.5"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
+def test_timing_a_gpu_without_one_ends_with_one_line():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_drawing.py", "--batches", "1"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src")},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "gpu_drawing.py times a CUDA GPU, and this PyTorch finds none: run it where there is one\n"
+
+
+def test_what_times_a_gpu_counts_the_tokens_it_says(monkeypatch):
+    """On a CPU, whose figures are nobody's."""
+    timing = benchmark("gpu_drawing")
+    job = Job(system="gpu", text=3, grid=3, text_vocab=5, codebook=7, width=8, depth=1, heads=2)
+    asked = []
+    step = CudaEngine.decode_step
+    monkeypatch.setattr(CudaEngine, "decode_step", lambda self, t, *more: asked.append(len(t)) or step(self, t, *more))
+    monkeypatch.setattr(timing, "seconds", lambda work, device: work() or 0.5)
+    monkeypatch.setattr(timing, "has_fast_bfloat16", lambda device: True)
+    lines = timing.measure(job, torch.device("cpu"), [2], 1, copied=1e6)
+    assert asked == [2] * 2 * 2 * 2 * 8  # systems with an engine, with picking and without, and rounds, the first too
+    assert [line["system"] for line in lines] == ["plain", "engine fp32", "engine bf16"]
+    assert [line["steps_tokens_a_second"] for line in lines] == [2 * 8 / 0.5] * 3
+    assert [line["drawing_tokens_a_second"] for line in lines] == [2 * 9 / 0.5] * 3
+    weights = 12 * 8**2 + 7 * 8
+    assert [line["bound_tokens_a_second"] for line in lines] == [2 * 1e6 / (4 * weights)] * 2 + [1e6 / weights]
+    text = timing.table(lines).splitlines()
+    assert len(text) == 4 and text[3].split()[:5] == ["2", "engine", "bf16", "32", "36"]

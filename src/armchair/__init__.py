@@ -24,8 +24,8 @@ def load(model: Any = None, device: str = "auto", ranker: Any = None, weights: s
     """Open a bundle for drawing: a path, a bundled name, a hub id, or None for the default.
 
     `ranker` names another bundle whose ranker shall judge the drawings, in place of the bundle's own. `weights`: the
-    form that the prior's are drawn with, `int8` (the default on a CPU), `bf16` or `fp32`. Raises BundleError for a
-    bundle that is missing or not whole, RequestError for an unknown device or form.
+    form that the prior's are drawn with, `int8` (the default on a CPU), `bf16` (the default on a GPU that has it) or
+    `fp32`. Raises BundleError for a bundle that is missing or not whole, RequestError for an unknown device or form.
     """
     from armchair.sample.pipeline import load_artist
 

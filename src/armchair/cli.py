@@ -774,7 +774,8 @@ def _weights_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--weights",
         metavar="W",
-        help="form of the weights that codes are drawn with: int8 (the default on a CPU, fastest), bf16 or fp32",
+        help="form of the weights that codes are drawn with: int8 (for a CPU, the default there and the fastest), "
+        "bf16 (the default on a GPU that has it) or fp32",
     )
 
 

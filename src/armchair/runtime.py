@@ -65,7 +65,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bf16 matrix products are native, so that autocast saves time rather than costs it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     return False

@@ -29,7 +29,8 @@ FREE = -1  # in `forced`: a token to draw
 
 
 class Decoder(Protocol):
-    """What gives logits, token after token: a `Prior`, literally, or an `armchair.sample.engine.Engine`, fast."""
+    """What gives logits, token after token: a `Prior`, literally, or fast an engine, on a CPU or on a CUDA GPU
+    (`armchair.sample.engine`, `cuda_engine`)."""
 
     shape: StreamShape
 
@@ -260,6 +261,7 @@ def draw_codes(
             finished(done[-1])
         if progress is not None:
             progress(min(start + size, len(rows)), len(rows))
+        del batch  # and its cache with it, whose place the next may take
     return torch.cat(done)
 
 

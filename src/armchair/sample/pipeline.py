@@ -30,6 +30,7 @@ from armchair.image.tokenizer import image_tokenizer_config, make_image_tokenize
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig, PromptCache
 from armchair.runtime import pick_device
+from armchair.sample.cuda_engine import TYPES, CudaEngine, default_cuda_weights
 from armchair.sample.decoding import DecodingThread
 from armchair.sample.engine import WEIGHTS, Engine, default_weights
 from armchair.sample.generate import (
@@ -244,7 +245,7 @@ class Artist:
         if ranker is None and "ranker" in bundle.parts:
             ranker = open_ranker(bundle, device, self.text_tokenizer)
         self.ranker = ranker
-        self.weights = weights or (default_weights() if device.type == "cpu" else "fp32")
+        self.weights = weights or (default_weights() if device.type == "cpu" else default_cuda_weights(device))
         self._decoders: dict[str, Decoder] = {}
         self.decoder(self.weights)
 
@@ -273,12 +274,18 @@ class Artist:
         """
         weights = weights or self.weights
         check_name("weights", weights, WEIGHTS)
-        if self.device.type != "cpu" and weights != "fp32":
-            raise RequestError(f"weights {weights!r} are for a CPU, not on {self.device.type}; leave them out")
+        forms = {"cpu": WEIGHTS, "cuda": tuple(TYPES)}.get(self.device.type, ("fp32",))
+        if weights not in forms:
+            wanted = " or ".join(forms)
+            raise RequestError(f"weights {weights!r} are not for {self.device.type}; take {wanted}, or leave them out")
         if weights not in self._decoders:
-            cpu = self.device.type == "cpu"
-            self._decoders[weights] = Engine(self._eight_bits or self.prior, weights) if cpu else self.prior
+            self._decoders[weights] = self._made(weights)
         return self._decoders[weights]
+
+    def _made(self, weights: str) -> Decoder:
+        if self.device.type == "cpu":
+            return Engine(self._eight_bits or self.prior, weights)
+        return CudaEngine(self.prior, weights) if self.device.type == "cuda" else self.prior
 
     @functools.cached_property
     def prior(self) -> Prior:
@@ -821,9 +828,9 @@ def load_artist(
     """Open a bundle for drawing: a directory, a zip, a bundled name, a hub id, or None for the default.
 
     `device` is `auto`, `cpu` or `cuda`. `ranker` names another bundle whose ranker shall judge. `weights` is the form
-    that the prior's are drawn with: `int8`, the default on a CPU, `bf16` or `fp32`, the only one elsewhere. Raises
-    BundleError for a bundle that is missing or not whole, and RequestError for a device that is not here or weights
-    that are not for it.
+    that the prior's are drawn with: `int8`, for a CPU only and the default there, `bf16`, the default on a GPU that has
+    it, or `fp32`. Raises BundleError for a bundle that is missing or not whole, and RequestError for a device that is
+    not here or weights that are not for it.
     """
     asked = None if model is None else str(model)
     chosen = pick_device(device)
@@ -838,7 +845,7 @@ def redraw_png(path: str | Path, device: str = "auto", model: str | Path | None 
     """
     record = parse_record(Path(path))
     asked = record.model if model is None else model
-    if record.weights != "fp32" and device == "auto":
+    if record.weights == "int8" and device == "auto":
         device = "cpu"  # where alone such weights draw
     try:
         artist = load_artist(asked, device, weights=record.weights)
