@@ -226,6 +226,21 @@ def test_logits_that_were_given_stay_as_they_are():
     assert torch.equal(first, kept)
 
 
+def test_where_nothing_can_be_recorded_it_draws_all_the_same(caplog):
+    model = tiny.prior(STREAM, "full", "row", seed=5)
+    text, uniforms = tiny.texts(2, STREAM), candidate_uniforms(0, range(2), STREAM.image_length)
+
+    def fails(step, device):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+
+    decoder = engine(model)
+    decoder.record = fails
+    drawn = [draw_codes(decoder, text, [0, 1], uniforms, Settings(guidance=g)) for g in (2.0, 1.0)]
+    assert torch.equal(drawn[0], draw_codes(engine(model), text, [0, 1], uniforms, Settings(guidance=2.0)))
+    (record,) = caplog.records
+    assert "so drawing is slower: CUDA error" in record.message and "more" not in record.message
+
+
 def test_a_step_is_recorded_once_for_each_number_of_rows_and_then_replayed():
     """With a stand-in for the graph, which may run nothing but the step as it was recorded."""
     model = tiny.prior(STREAM, *PATTERNS, seed=3)

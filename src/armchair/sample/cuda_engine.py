@@ -15,6 +15,7 @@ layers add up in, norms and logits have 32, and pictures are not drawn with floa
 
 import copy
 import functools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from armchair.prior.sequence import StreamShape
 from armchair.prior.transformer import Prior, PromptCache, cell_positions
 from armchair.runtime import has_fast_bfloat16
 from armchair.sample.engine import Places
+
+log = logging.getLogger(__name__)
 
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the form of the weights
 WARM_UPS = 3  # steps before the one that is recorded, in which libraries set up what they need
@@ -223,7 +226,11 @@ class CudaEngine:
         logits = torch.zeros(rows, self.shape.codebook_size, device=device)
         buffers = Buffers(tables, layers(), layers(), tokens, torch.zeros_like(tokens[:1]), logits)
         step = functools.partial(self._step, buffers)
-        buffers.run = self.record(step, device)
+        try:
+            buffers.run = self.record(step, device)
+        except RuntimeError as error:  # a driver or a PyTorch that cannot: slower, and the same codes
+            log.warning("steps are not recorded as a CUDA graph, so drawing is slower: %s", str(error).splitlines()[0])
+            self.record, buffers.run = as_it_is, step
         return buffers
 
     def _step(self, buffers: Buffers) -> None:
