@@ -65,6 +65,7 @@ typedef struct {
 #include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <time.h>
 
 #define FAST __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline)) FAST
@@ -191,9 +192,18 @@ struct Step {
     float *hidden;  /* (rows, inputs of the MLP) */
     float *scores;  /* (workers, most) */
     float *logits;
+    double *spent; /* (KINDS,) seconds are added to, or none */
 };
 
-static void each(Step *step, Part part, int64_t layer, int64_t items) {
+enum { ROWS, PRODUCTS, KEEPING, ATTENTION, HEAD, KINDS }; /* of parts, for who asks what takes how long */
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static void together(Step *step, Part part, int64_t layer, int64_t items) {
     Pool *pool = step->pool;
     if (!pool || pool->workers == 1 || items == 1) {
         for (int64_t i = 0; i < items; i++) part(step, layer, i, 0);
@@ -213,6 +223,12 @@ static void each(Step *step, Part part, int64_t layer, int64_t items) {
             spins = 0;
         }
     }
+}
+
+static void each(Step *step, int kind, Part part, int64_t layer, int64_t items) {
+    const double began = step->spent ? now() : 0;
+    together(step, part, layer, items);
+    if (step->spent) step->spent[kind] += now() - began;
 }
 
 /* Parts of a row. */
@@ -485,14 +501,17 @@ FAST static void into_mlp(Step *s, int64_t layer, int64_t block, int worker) {
 FAST static void within_mlp(Step *s, int64_t layer, int64_t row, int worker) {
     const Matrix *in = &s->model->layer[layer].mlp_in, *out = &s->model->layer[layer].mlp_out;
     float *h = s->hidden + row * in->outputs;
-    if (s->model->gated) /* silu(gate) value */
+    const int64_t filled = (out->inputs + 15) / 16 * 16;
+    if (s->model->gated) { /* silu(gate) value, which takes the place of the gate */
         for (int64_t i = 0; i < out->inputs; i += 16) {
             __m512 gate = _mm512_loadu_ps(h + i), one = _mm512_set1_ps(1.0f);
             __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
             gate = _mm512_div_ps(gate, _mm512_add_ps(one, e));
             _mm512_storeu_ps(h + i, _mm512_mul_ps(gate, _mm512_loadu_ps(h + out->inputs + i)));
         }
-    round_row(s, h, row, out->inputs);
+        for (int64_t i = out->inputs; i < filled; i++) h[i] = 0.0f; /* what came after the last */
+    }
+    round_row(s, h, row, filled);
     (void)worker;
 }
 
@@ -523,8 +542,9 @@ static void *room(char **at, int64_t bytes) {
 }
 
 /* x (rows, D): embedded tokens, group after group, of a group token after token, each of all its rows; changed.
-   logits (rows, K). Returns 0, or 1 where there is no memory. One step at a time with a pool. */
-EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const Group *group, float *x, float *logits) {
+   logits (rows, K). `spent`: seconds by kind are added there, where it is not none. Returns 0, or 1 where there is no memory. One step at a time with a pool. */
+EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const Group *group, float *x, float *logits,
+                         double *spent) {
     int64_t rows = 0, most = 0, widest_in = model->width, hidden = 0;
     for (int64_t g = 0; g < groups; g++) {
         rows += group[g].rows * group[g].count;
@@ -542,7 +562,8 @@ EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const G
     char *memory = aligned_alloc(64, (rows * (sizeof(Row) + stride + 4) + 4 * floats + 64 * 16) / 64 * 64 + 64);
     if (!memory) return 1;
     char *at = memory;
-    Step s = {.model = model, .pool = pool, .rows = rows, .most = most, .stride = stride, .x = x, .logits = logits};
+    Step s = {.model = model, .pool = pool, .rows = rows, .most = most, .stride = stride, .x = x, .logits = logits,
+              .spent = spent};
     s.row = room(&at, rows * sizeof(Row));
     s.whole = room(&at, rows * stride);
     s.size = room(&at, 4 * rows);
@@ -550,7 +571,7 @@ EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const G
     s.qkv = room(&at, 4 * rows * 3 * width);
     s.attended = room(&at, 4 * rows * width);
     s.hidden = room(&at, 4 * rows * hidden);
-    s.scores = room(&at, 4 * workers * most);
+    s.scores = room(&at, 4 * workers * most); /* after `hidden`, beyond whose end a last row is read */
     for (int64_t g = 0, n = 0; g < groups; g++)
         for (int64_t c = 0; c < group[g].count; c++)
             for (int64_t r = 0; r < group[g].rows; r++) s.row[n++] = (Row){group + g, r, group[g].j + c};
@@ -564,19 +585,19 @@ EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const G
     }
     for (int64_t l = 0; l < model->layers; l++) {
         const Layer *layer = model->layer + l;
-        each(&s, before_attention, l, rows);
-        each(&s, queries_keys_values, l, blocks(&layer->qkv));
-        each(&s, keep, l, rows * model->heads);
-        each(&s, attend, l, rows * model->heads);
-        each(&s, after_attention, l, rows);
-        each(&s, put_out, l, blocks(&layer->out));
-        each(&s, before_mlp, l, rows);
-        each(&s, into_mlp, l, blocks(&layer->mlp_in));
-        each(&s, within_mlp, l, rows);
-        each(&s, out_of_mlp, l, blocks(&layer->mlp_out));
+        each(&s, ROWS, before_attention, l, rows);
+        each(&s, PRODUCTS, queries_keys_values, l, blocks(&layer->qkv));
+        each(&s, KEEPING, keep, l, rows * model->heads);
+        each(&s, ATTENTION, attend, l, rows * model->heads);
+        each(&s, ROWS, after_attention, l, rows);
+        each(&s, PRODUCTS, put_out, l, blocks(&layer->out));
+        each(&s, ROWS, before_mlp, l, rows);
+        each(&s, PRODUCTS, into_mlp, l, blocks(&layer->mlp_in));
+        each(&s, ROWS, within_mlp, l, rows);
+        each(&s, PRODUCTS, out_of_mlp, l, blocks(&layer->mlp_out));
     }
-    each(&s, before_head, 0, rows);
-    each(&s, to_logits, 0, blocks(&model->head));
+    each(&s, ROWS, before_head, 0, rows);
+    each(&s, HEAD, to_logits, 0, blocks(&model->head));
     if (p) atomic_store(&p->awake, 0);
     free(memory);
     return 0;
@@ -587,8 +608,9 @@ EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const G
 EXPORT int armchair_supported(void) { return 0; }
 EXPORT void *armchair_pool(int workers) { return (void)workers, NULL; }
 EXPORT void armchair_end(void *pool) { (void)pool; }
-EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const Group *group, float *x, float *logits) {
-    return (void)model, (void)pool, (void)groups, (void)group, (void)x, (void)logits, 1;
+EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const Group *group, float *x, float *logits,
+                         double *spent) {
+    return (void)model, (void)pool, (void)groups, (void)group, (void)x, (void)logits, (void)spent, 1;
 }
 
 #endif

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from armchair.sample.engine import Cache, Places
 
 OUTPUTS = 64  # of a block of a matrix
+PARTS = ("norms and rounding", "products", "keeping keys", "attention", "head")  # of a step
 NUMBERS = 16  # of 32 bits in a register: widths are multiples of it
 
 Pointer = ctypes.c_void_p
@@ -78,7 +79,7 @@ def _loaded() -> ctypes.CDLL | None:
             found.armchair_pool.argtypes = [ctypes.c_int]
             found.armchair_end.argtypes = [Pointer]
             found.armchair_step.argtypes = [
-                ctypes.POINTER(Model), Pointer, Number, ctypes.POINTER(Group), Pointer, Pointer
+                ctypes.POINTER(Model), Pointer, Number, ctypes.POINTER(Group), Pointer, Pointer, Pointer
             ]  # fmt: skip
             return found if found.armchair_supported() else None
     return None
@@ -91,8 +92,7 @@ def library() -> ctypes.CDLL | None:
 
 def fits(config: PriorConfig) -> bool:
     """Whether the sizes of a prior are such as the compiled code computes with."""
-    sizes = (config.d_model, config.d_model // config.n_head, config.hidden)
-    return all(size % NUMBERS == 0 for size in sizes)
+    return config.d_model % NUMBERS == 0 and config.d_model // config.n_head % NUMBERS == 0
 
 
 def laid_out(codes: Tensor) -> Tensor:
@@ -197,6 +197,7 @@ class NativeStep:
         )  # fmt: skip
         self._places: dict[int, tuple[Any, NativePlaces]] = {}
         self._threads = Threads(library, 1)
+        self.spent: Tensor | None = None  # (PARTS,) float64, to which seconds are added
 
     def __call__(self, x: Tensor, steps: Sequence[tuple[Tensor, int, "Cache"]]) -> Tensor:
         """Embedded tokens of several caches, (sum of C R, D), as `Engine.decode_together` has them -> logits, (…, K).
@@ -216,8 +217,9 @@ class NativeStep:
         threads = self._threads_now()
         with threads.lock:
             failed = self.library.armchair_step(
-                self.model, threads.pool, len(steps), groups, x.data_ptr(), logits.data_ptr()
-            )
+                self.model, threads.pool, len(steps), groups, x.data_ptr(), logits.data_ptr(),
+                None if self.spent is None else self.spent.data_ptr(),
+            )  # fmt: skip
         if failed:
             raise MemoryError("no memory for a step")
         return logits
