@@ -7,7 +7,7 @@ setup(
         Extension(
             "armchair.sample._native",
             ["src/armchair/sample/_native.c"],
-            extra_compile_args=["-O3", "-pthread"],
+            extra_compile_args=["-O3", "-g0", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # a machine without a C compiler installs all the same
         )
