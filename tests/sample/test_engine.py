@@ -10,6 +10,7 @@ from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS
 from armchair.prior.sequence import null_text
 from armchair.prior.transformer import MLPS, PromptCache
+from armchair.sample import native
 from armchair.sample.engine import (
     ACTIVATIONS,
     WEIGHTS,
@@ -40,11 +41,16 @@ HERE = [weights for weights in WEIGHTS if weights != "int8" or exact_products()]
 options = st.sampled_from(list(tiny.OPTIONS.values()))
 
 
-@pytest.fixture(params=[False, True], ids=["products", "fused"], scope="module")
+@pytest.fixture(params=["compiled", "products", "fused"], scope="module")
 def either_attention(request):
-    """As on a processor where the one is quicker, or the other."""
+    """With the compiled step; and by PyTorch, as on a processor where the one attention is quicker, or the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("armchair.sample.engine.fused_attention", lambda: request.param)
+        if request.param == "compiled":
+            if native.library() is None:
+                pytest.skip("the compiled step was not built here, or is not for this processor")
+        else:
+            patch.setattr("armchair.sample.native.library", lambda: None)
+            patch.setattr("armchair.sample.engine.fused_attention", lambda: request.param == "fused")
         yield
 
 

@@ -18,6 +18,7 @@ from armchair.prior.transformer import Prior, PriorConfig
 from armchair.runtime import autocast
 from armchair.sample.engine import Engine
 from armchair.sample.generate import FREE, Decoder, MicroBatch, candidate_uniforms, draw_micro_batch, read_prompts
+from armchair.sample.native import PARTS
 from armchair.sample.next_token import Settings
 
 
@@ -132,9 +133,13 @@ def parts(job: Job, draws: Engine) -> dict[str, float]:
             setattr(generate, name, timed("sampling", function))
         run = draw(job, draws)
         spent.clear()
+        if draws.native is not None:
+            draws.native.spent = torch.zeros(len(PARTS), dtype=torch.float64)
         began = time.perf_counter()
         tokens = run()
         whole = time.perf_counter() - began
+        if draws.native is not None and draws.native.spent is not None:
+            spent |= dict(zip(PARTS, draws.native.spent.tolist(), strict=True))
     finally:
         for name, function in names.items():
             setattr(generate, name, function)

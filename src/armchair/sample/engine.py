@@ -16,7 +16,7 @@ One token needs each weight once and little else, so drawing a few pictures is b
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, turned
 from armchair.prior.sequence import StreamShape, text_input_ids
 from armchair.prior.transformer import MLPS, NORM_EPSILON, Prior, PromptCache, cell_positions, stream_angles
+from armchair.sample import native
+from armchair.sample.native import NativeStep
 from armchair.sample.weights import INT8_MOST, DrawingWeights, drawing_weights, in_eight_bits, whole_numbers
 
 WEIGHTS = ("fp32", "bf16", "int8")
@@ -272,7 +274,23 @@ class Engine:
             angles = angles[:, None, :, None]  # (L, 1, 2, 1, E / 2)
             self.turns = angles.cos(), angles.sin()
         self.places = Places(self.config.patterns, self.shape, everything=False)
+        self.native = self._compiled(tensors)
         self.independent_rows = self._rows_are_independent()
+
+    def _compiled(self, tensors: Mapping[str, Tensor]) -> NativeStep | None:
+        """A step in eight bits as compiled code, where there is that for these sizes."""
+        library = native.library() if self.weights == "int8" and native.fits(self.config) else None
+        if library is None:
+            return None
+
+        def matrix(name: str) -> tuple[Tensor, Tensor, Tensor]:
+            weight, step = tensors[f"{name}.weight"], tensors.get(f"{name}.step")
+            if step is None:
+                weight, steps = in_eight_bits(weight.float())
+                step = steps[:, 0]
+            return weight, step, tensors[f"{name}.bias"]
+
+        return NativeStep(library, self.config, tensors, matrix, self.turns, self.shape.text_length + 1)
 
     @functools.cached_property
     def places_ahead(self) -> "Places":
@@ -302,7 +320,7 @@ class Engine:
     def start(self, prompts: PromptCache, ahead: bool = False) -> "Cache":
         """A cache for drawing the rows of `prompts` together; with `ahead` it can be gone back in (`decode_steps`)."""
         places = self.places_ahead if ahead else self.places
-        if self.weights == "int8" and fused_attention():
+        if self.weights == "int8" and self.native is None and fused_attention():
             return FusedCache(prompts, places)
         return Cache(prompts, places, eight_bits=self.weights == "int8")
 
@@ -328,12 +346,17 @@ class Engine:
             return [self.decode_steps(*step) for step in steps]
         x = _joined([self._embedded(tokens, j) for tokens, j, _ in steps])  # (sum of C R, D)
         sizes = [tokens.numel() for tokens, _, _ in steps]
+        logits = self._through(x, sizes, steps) if self.native is None else self.native(x, steps)
+        each = zip(logits.split(sizes), steps, strict=True)
+        return [own.unflatten(0, tokens.T.shape).transpose(0, 1) for own, (tokens, _, _) in each]
+
+    def _through(self, x: Tensor, sizes: list[int], steps: "Sequence[tuple[Tensor, int, Cache]]") -> Tensor:
+        """Blocks and head: (sum of C R, D) -> logits (sum of C R, K)."""
         for i, layer in enumerate(self.layers):
             heads = self._heads(layer, x).split(sizes)
             attended = [self._attended(i, own, *step) for own, step in zip(heads, steps, strict=True)]
             x = self._after_attention(layer, x, _joined(attended))
-        logits = zip(self._logits(x).split(sizes), steps, strict=True)
-        return [own.unflatten(0, tokens.T.shape).transpose(0, 1) for own, (tokens, _, _) in logits]
+        return self._logits(x)
 
     def _embedded(self, tokens: Tensor, j: int) -> Tensor:
         """(R, C) -> (C R, D)"""
