@@ -22,6 +22,7 @@ from armchair.data.emoji_heldout import HELDOUT, HeldOut, split_of
 from armchair.data.sources import DataConfig, open_source
 from armchair.errors import RequestError
 from armchair.eval.features import Extracted
+from armchair.sample.engine import default_weights
 from armchair.sample.pipeline import load_artist
 from conftest import write_tiny_bundle
 from test_benchmarks import benchmark
@@ -319,7 +320,7 @@ def test_measured_figures_get_into_the_card_and_weights_stay(bundle, shards, fou
     assert after.card == render_card(after.info)
     stage = after.info["metrics"]["near-copies by pixels"]
     made = "armchair evaluate tiny --data heldout-0000.tar --train train-0000.tar --suite memorising"
-    assert stage["command"] == f"{made} --features ranker --memorising 5 --report DIR"
+    assert stage["command"] == f"{made} --features ranker --weights {default_weights()} --device cpu --memorising 5 --report DIR"
     assert stage["measured"] == before.fingerprint[:16]
     rows = json.loads((report / "report.json").read_text())["sections"][0]["tables"][1]["rows"]
     share = {row[0]: row[2]["value"] for row in rows}["drawings of training captions"]
