@@ -320,13 +320,14 @@ def test_measured_figures_get_into_the_card_and_weights_stay(bundle, shards, fou
     assert after.card == render_card(after.info)
     stage = after.info["metrics"]["near-copies by pixels"]
     made = "armchair evaluate tiny --data heldout-0000.tar --train train-0000.tar --suite memorising"
-    assert stage["command"] == f"{made} --features ranker --weights {default_weights()} --device cpu --memorising 5 --report DIR"
+    drawn_with = f"--weights {default_weights()} --device cpu"
+    assert stage["command"] == f"{made} --features ranker {drawn_with} --memorising 5 --report DIR"
     assert stage["measured"] == before.fingerprint[:16]
     rows = json.loads((report / "report.json").read_text())["sections"][0]["tables"][1]["rows"]
     share = {row[0]: row[2]["value"] for row in rows}["drawings of training captions"]
     assert f"| near-copies by pixels | drawings of training captions (5) | {share:.3f} [" in after.card
     assert "| right in label | held-out pairs, level L (1), best of 3 |" in after.card
-    assert f"`{made} --features ranker --memorising 5 --report DIR`" in after.card
+    assert f"`{stage['command']}`" in after.card
     assert "python benchmarks/emoji_labels.py tiny" in after.card and str(tmp_path) not in after.card
     assert "| prior | loss | 3.0 |" in after.card and load_artist(model, "cpu").draw("a red thing", candidates=1).images
 
