@@ -97,8 +97,10 @@ def test_a_drawing_sharpens_row_by_row_and_ends_sorted(tmp_path, open_page):
         page.wait_for_selector("#status:has-text('Done: 4 pictures, the best first')")
         for before, after in itertools.pairwise(heights):
             assert all(a <= b for a, b in zip(before, after, strict=True))
-        rows = {height for at_once in heights for height in at_once}
-        assert len(rows) >= 4 and 0 < min(rows) <= 0.5 and all((height * 8) % 1 == 0 for height in rows)
+        shares = {height for at_once in heights for height in at_once}
+        grid = service.models.artist().grid
+        assert len(shares) >= 4 and 0 < min(shares) <= 0.5
+        assert all(abs(share * grid - round(share * grid)) < 1e-3 for share in shares)  # whole rows of codes
         scores = [float(text) for text in page.locator("#pictures .score").all_inner_texts()]
         assert len(scores) == 4 and scores == sorted(scores, reverse=True)
         assert page.locator("#shown-prompt").inner_text() == PROMPT  # as words, not as HTML
