@@ -79,14 +79,20 @@ def test_without_a_seed_pictures_differ_and_with_its_seed_one_comes_again(client
     assert again.data[0].b64_json == one.b64_json
 
 
-def test_sizes_are_whole_multiples(client: openai.OpenAI) -> None:
+def test_pictures_come_in_any_square_and_as_they_are_where_that_is_a_whole_multiple(client: openai.OpenAI) -> None:
     small, large = (
         opened(client.images.generate(prompt="a", size=s, extra_body={"seed": 1}).data[0].b64_json)
         for s in ("auto", "1024x1024")
     )
     assert small.size == (R, R) and large.size == (1024, 1024)
     assert np.array_equal(np.asarray(large), np.asarray(small).repeat(64, 0).repeat(64, 1))
-    for size in ("1792x1024", "100x100", "2048x2048", "0x0", "16X16", "large"):
+    for side in (8, 100):
+        answer = client.images.generate(prompt="a", size=f"{side}x{side}", extra_body={"seed": 1})
+        resized = opened(answer.data[0].b64_json)
+        assert resized.size == (side, side)
+        near = np.asarray(small.resize((side, side), Image.Resampling.BOX), float)
+        assert np.abs(near - np.asarray(resized, float)).mean() < 32  # the same picture
+    for size in ("1792x1024", "4x4", "2048x2048", "0x0", "16X16", "large"):
         with pytest.raises(openai.BadRequestError, match="16x16.*1024x1024") as refused:
             client.images.generate(prompt="a", size=size)
         assert refused.value.param == "size"

@@ -74,19 +74,20 @@ def rectangle_of(mask: Image.Image, resolution: int) -> Rectangle:
     return starts[0], starts[1], ends[0], ends[1]
 
 
-def encoded(drawing: Drawing, i: int, scale: int, form: str, quality: int) -> bytes:
-    """Picture i of a drawing as a file, each pixel as scale x scale. A PNG has its record in it (`armchair redraw`)."""
+def encoded(drawing: Drawing, i: int, side: int, form: str, quality: int) -> bytes:
+    """Picture i of a drawing as a file, as `encoded_image`. A PNG has its record in it (`armchair redraw`)."""
     image = drawing.images[i]
     record = to_dict(drawing.record(i)) if form == "png" else None
-    return encoded_image(image, scale, form, quality, record)
+    return encoded_image(image, side, form, quality, record)
 
 
 def encoded_image(
-    image: Image.Image, scale: int, form: str, quality: int, record: dict[str, object] | None = None
+    image: Image.Image, side: int, form: str, quality: int, record: dict[str, object] | None = None
 ) -> bytes:
-    """The same for a picture without a drawing."""
-    if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    """A square picture as a file of `side` pixels: where that is a whole multiple, each pixel as a square of them."""
+    if side != image.width:
+        whole = side % image.width == 0
+        image = image.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
     if form == "png":
         return png_bytes(image, record)
     out = io.BytesIO()

@@ -32,7 +32,7 @@ from armchair.serve.service import DrawRequest, Event, Finished, Partial, Servic
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_SIDE = 1024  # pixels of a picture that is sent
+MIN_SIDE, MAX_SIDE = 8, 1024  # pixels of a picture that is sent
 MAX_TEXT = 32_000  # characters of a prompt, as in OpenAI's API; the model's own bound is lower
 MAX_FIELDS, MAX_FILES, MAX_PART = 64, 17, 256 << 10  # of a form; bytes of a field
 HEARTBEAT = 15.0  # seconds without an event, after which a comment is sent
@@ -51,7 +51,7 @@ class Asked(BaseModel):
     model: Short | None = Field(None, description="a model or an alias of /v1/models; the default where none is given")
     n: int | None = Field(None, ge=1, le=10, description="how many pictures come back, 1 by default")
     size: Annotated[str, Field(max_length=32)] | None = Field(
-        None, description="auto, or WIDTHxHEIGHT: the model's own square, or a whole multiple of it up to 1024x1024"
+        None, description="auto: the model's own square; or another one up to 1024x1024, such as 512x512"
     )
     response_format: Literal["url", "b64_json"] | None = Field(None, description="b64_json by default")
     user: Short | None = None
@@ -273,7 +273,7 @@ class _Answer:
         self.service, self.asked, self.kind = service, asked, kind
         self.model = service.models.resolve(asked.model)
         self.resolution = service.models.resolution(self.model)
-        self.scale = scale_of(body.size, self.resolution)
+        self.side = side_of(body.size, self.resolution)
         self.form = body.output_format or "png"
         self.quality = 100 if body.output_compression is None else body.output_compression
         asked_quality = body.quality if isinstance(body, Streamed) else None
@@ -281,14 +281,14 @@ class _Answer:
 
     @property
     def size(self) -> str:
-        return f"{self.resolution * self.scale}x{self.resolution * self.scale}"
+        return f"{self.side}x{self.side}"
 
     def whole(self, drawing: Drawing, store: Store, where: str | None) -> Pictures:
         """All pictures, in the answer itself or with `where` as urls, in which NAME is to be replaced."""
         words, usage = self._read(drawing)
         data = []
         for i, (seed, candidate, score) in enumerate(self._rows(drawing)):
-            file = encoded(drawing, i, self.scale, self.form, self.quality)
+            file = encoded(drawing, i, self.side, self.form, self.quality)
             picture = Picture(revised_prompt=words, seed=seed, candidate=candidate, score=score)
             if where is None:
                 picture.b64_json = base64.b64encode(file).decode()
@@ -331,14 +331,14 @@ class _Answer:
             await events.aclose()  # type: ignore[attr-defined]
 
     def _partial(self, event: Partial, index: int) -> bytes:
-        file = encoded_image(event.images[0], self.scale, self.form, self.quality)
+        file = encoded_image(event.images[0], self.side, self.form, self.quality)
         return self._event("partial_image", file, {"partial_image_index": index})
 
     def _completed(self, drawing: Drawing) -> list[bytes]:
         words, usage = self._read(drawing)
         messages = []
         for i, (seed, candidate, score) in enumerate(self._rows(drawing)):
-            file = encoded(drawing, i, self.scale, self.form, self.quality)
+            file = encoded(drawing, i, self.side, self.form, self.quality)
             own = {"usage": usage.model_dump(), "revised_prompt": words, "seed": seed}
             messages.append(self._event("completed", file, {**own, "candidate": candidate, "score": score}))
         return messages
@@ -377,18 +377,18 @@ class _Answer:
         )
 
 
-def scale_of(size: str | None, resolution: int) -> int:
-    """How many times as large a picture is sent. Raises RequestError for a size that is none of the possible ones."""
+def side_of(size: str | None, resolution: int) -> int:
+    """The side that a picture is sent with, in pixels. Raises RequestError for a size that is not possible."""
     if size is None or size == "auto":
-        return 1
+        return resolution
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size, re.ASCII)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if width != height or not width or width % resolution or (width > MAX_SIDE and width != resolution):
+    if width != height or not (MIN_SIDE <= width <= MAX_SIDE or width == resolution):
         raise RequestError(
-            f"size: this model draws {resolution}x{resolution}, which can be enlarged a whole number of times up to "
-            f"{MAX_SIDE}x{MAX_SIDE}; expected auto or such a size, got {size!r}"
+            f"size: this model draws squares of {resolution}x{resolution}, which are sent as they are or resized, from "
+            f"{MIN_SIDE}x{MIN_SIDE} to {MAX_SIDE}x{MAX_SIDE}; expected auto or such a size, got {size!r}"
         )
-    return width // resolution
+    return width
 
 
 class EventStream(Response):
