@@ -33,8 +33,8 @@ def for_serving(environment: MutableMapping[str, str] | None = None) -> None:
 def for_training() -> None:
     """Keep memory that is freed, where the C library is glibc: each update asks for the same large blocks again.
 
-    As it comes, malloc gives such blocks back and has the system clear new ones, page by page, which was a tenth of an
-    update's time (docs/speed.md). The process stays as large as it once was.
+    As it comes, malloc gives such blocks back and has the system clear new ones, page by page. The process stays as
+    large as it once was.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return
