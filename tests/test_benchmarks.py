@@ -324,15 +324,15 @@ def test_a_start_tells_its_own_peak_of_memory_and_what_went_wrong():
 
 def test_the_mask_whole_and_by_blocks_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
     found, sizes = tmp_path / "found.json", ["--text", "3", "--width", "16", "--heads", "2", "--batch", "1"]
-    flags = ["--grids", "2", "16", "--queries", "4", "64", "--rounds", "1", "--dtype", "fp32", "--json", str(found)]
+    flags = ["--grids", "2", "24", "--queries", "4", "64", "--rounds", "1", "--dtype", "fp32", "--json", str(found)]
     monkeypatch.setattr("sys.argv", ["", *sizes, *flags])
     benchmark("sparse_attention").main()
     rows = json.loads(found.read_text())
-    assert [(row["grid"], row["pattern"]) for row in rows] == [(s, p) for s in (2, 16) for p in PATTERNS]
+    assert [(row["grid"], row["pattern"]) for row in rows] == [(s, p) for s in (2, 24) for p in PATTERNS]
     assert len(capsys.readouterr().out.splitlines()) == 9
     for row in rows:
         assert row["mask_ms"] > 0 and len(row["blocks"]) == (0 if row["pattern"] == "full" else 2)
-        assert row["takes"] == ("blocks" if row["grid"] == 16 and row["pattern"] != "full" else "mask")
+        assert row["takes"] == ("blocks" if row["grid"] == 24 and row["pattern"] != "full" else "mask")
         assert all(b["ms"] > 0 and b["ratio"] == row["mask_ms"] / b["ms"] for b in row["blocks"])
 
 

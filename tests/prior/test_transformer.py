@@ -346,7 +346,7 @@ def test_a_loss_goes_back_through_every_weight_in_16_bits_too(dtype, name):
 
 
 def test_a_larger_grid_is_gone_through_by_blocks_and_gives_the_same():
-    stream = tiny.shape(grid=16, text_length=4)
+    stream = tiny.shape(grid=24, text_length=4)
     model = tiny.prior(stream, "row", "column", rotary=True)
     text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
 
