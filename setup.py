@@ -6,8 +6,9 @@ setup(
     ext_modules=[
         Extension(
             "armchair.sample._native",
-            ["src/armchair/sample/_native.c"],
-            extra_compile_args=["-O3", "-g0", "-pthread"],
+            [f"src/armchair/sample/_native{part}.c" for part in ("", "_avx512", "_avx2")],
+            depends=[f"src/armchair/sample/_native{part}.h" for part in ("", "_step")],
+            extra_compile_args=["-O3", "-g0", "-pthread", "-fvisibility=hidden"],
             extra_link_args=["-pthread"],
             optional=True,  # a machine without a C compiler installs all the same
         )
