@@ -12,9 +12,10 @@ import tiny
 from armchair.prior.attention import PATTERNS
 from armchair.prior.transformer import Prior
 from armchair.sample import native
-from armchair.sample.engine import Cache, Engine, FusedCache
+from armchair.sample.engine import Cache, Engine, FusedCache, pack
 from armchair.sample.generate import candidate_uniforms, draw_codes
 from armchair.sample.next_token import Settings
+from armchair.sample.weights import in_eight_bits
 
 TASKS = Path("/proc/self/task")
 STREAM = tiny.shape(grid=5, text_length=4, codebook=150)
@@ -22,6 +23,23 @@ STREAM = tiny.shape(grid=5, text_length=4, codebook=150)
 needs_the_library = pytest.mark.skipif(
     native.library() is None, reason="the compiled step was not built here, or is not for this processor"
 )
+
+
+@pytest.fixture(params=["avx512", "avx2"], scope="module")
+def each_kind(request):
+    """With every kind of instructions that this processor has."""
+    library = native.library()
+    if library is None:
+        pytest.skip("the compiled step was not built here, or is not for this processor")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "avx2":
+            patch.setenv("ARMCHAIR_NATIVE", "avx2")
+        elif native.instructions(library) != native.AVX512:
+            pytest.skip("this processor has no AVX-512 with VNNI")
+        yield
+
+
+EACH_KIND = pytest.mark.usefixtures("each_kind")
 
 
 def by_pytorch(model: Prior, monkeypatch: pytest.MonkeyPatch) -> Engine:
@@ -39,7 +57,7 @@ def logits(engine: Engine, text: torch.Tensor, codes: torch.Tensor) -> torch.Ten
         return torch.stack([engine.decode_step(codes[:, j], j, cache) for j in range(codes.shape[1] - 1)], 1)
 
 
-@needs_the_library
+@EACH_KIND
 @pytest.mark.parametrize("width", [32, 96, 320])  # heads of 16, 48 and 160
 @pytest.mark.parametrize("name", tiny.OPTIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -57,7 +75,7 @@ def test_the_compiled_step_is_that_of_pytorch(pattern, name, width, monkeypatch)
     assert (a - b).abs().median() < 1e-2 * b.std()
 
 
-@needs_the_library
+@EACH_KIND
 @pytest.mark.parametrize("inputs", [16, 64, 272])
 @pytest.mark.parametrize("codebook", [5, 64, 130])
 def test_products_are_exact_at_the_ends_of_the_range(inputs, codebook):
@@ -86,7 +104,24 @@ def test_products_are_exact_at_the_ends_of_the_range(inputs, codebook):
     assert (found - expected).abs().max() < 1e-4 * width and found[0, 0] > 0.999 * width
 
 
-@needs_the_library
+@EACH_KIND
+@pytest.mark.parametrize("inputs", [16, 100, 512])
+@pytest.mark.parametrize("outputs", [1, 17, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 70])
+def test_a_product_alone_is_that_of_pytorch(rows, outputs, inputs):
+    g = tiny.seeded(rows)
+    weight, bias = torch.randn(outputs, inputs, generator=g), torch.randn(outputs, generator=g)
+    codes, step = in_eight_bits(weight)
+    x = torch.randn(rows, inputs, generator=g)
+    library = native.library()
+    assert library is not None
+    product = native.NativeProduct(native.Calls(library), codes, step[:, 0], bias)
+    found, expected = product(x), pack(weight, bias, "int8")(x)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(found[-1:], product(x[-1:]))
+
+
+@EACH_KIND
 @settings(max_examples=25, deadline=None)
 @given(
     patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3),

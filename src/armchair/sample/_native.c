@@ -27,18 +27,16 @@
 #include <string.h>
 #include <time.h>
 
-typedef enum { NONE, AVX2, AVX512 } Kind; /* of processor */
+enum { NONE, AVX2, AVX512 }; /* kinds of instructions */
 
-static Kind best(void) {
+/* The best kind that this processor has. It has those before it too. */
+EXPORT int armchair_supported(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
         return AVX512;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? AVX2 : NONE;
 }
-
-/* 0: not for this processor. Else the kind of instructions that it draws with: 1 AVX2, 2 AVX-512. */
-EXPORT int armchair_supported(void) { return best(); }
 
 /* Threads. Workers wait busily while a step goes on, as the next part is microseconds away, and asleep between steps. */
 
@@ -158,6 +156,21 @@ void armchair_each(Step *step, int kind, Part part, int64_t layer, int64_t items
     if (step->spent) step->spent[kind] += now() - began;
 }
 
+/* Threads are awake from here to `end`. */
+static void begin(Step *step) {
+    Pool *pool = step->pool;
+    if (!pool || pool->workers == 1) return;
+    pool->step = step;
+    pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->awake, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static void end(Step *step) {
+    if (step->pool) atomic_store(&step->pool->awake, 0);
+}
+
 static void *room(char **at, int64_t bytes) {
     void *here = *at;
     *at += (bytes + 63) / 64 * 64;
@@ -165,9 +178,10 @@ static void *room(char **at, int64_t bytes) {
 }
 
 /* x (rows, D): embedded tokens, group after group, of a group token after token, each of all its rows; changed.
-   logits (rows, K). `spent`: seconds by kind are added there, where it is not none. Returns 0, or 1 where there is no memory. One step at a time with a pool. */
-EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const Group *group, float *x, float *logits,
-                         double *spent) {
+   logits (rows, K). `spent`: seconds by kind are added there, where it is not none. Returns 0, or 1 where there is no
+   memory. One step at a time with a pool. */
+EXPORT int armchair_step(const Model *model, void *pool, int kind, int64_t groups, const Group *group, float *x,
+                         float *logits, double *spent) {
     int64_t rows = 0, most = 0, widest_in = model->width, hidden = 0;
     for (int64_t g = 0; g < groups; g++) {
         rows += group[g].rows * group[g].count;
@@ -198,16 +212,28 @@ EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const G
     for (int64_t g = 0, n = 0; g < groups; g++)
         for (int64_t c = 0; c < group[g].count; c++)
             for (int64_t r = 0; r < group[g].rows; r++) s.row[n++] = (Row){group + g, r, group[g].j + c};
-    Pool *p = pool;
-    if (p && p->workers > 1) {
-        p->step = &s;
-        pthread_mutex_lock(&p->lock);
-        atomic_store(&p->awake, 1);
-        pthread_cond_broadcast(&p->wake);
-        pthread_mutex_unlock(&p->lock);
-    }
-    (best() == AVX512 ? armchair_through_avx512 : armchair_through_avx2)(&s);
-    if (p) atomic_store(&p->awake, 0);
+    begin(&s);
+    (kind == AVX512 ? armchair_through_avx512 : armchair_through_avx2)(&s);
+    end(&s);
+    free(memory);
+    return 0;
+}
+
+/* x (rows, given): rounded to eight bits a number with a step a row, and multiplied: y (rows, outputs). `given` is the
+   inputs of the matrix, filled up with zeros to a multiple of 16. As armchair_step. */
+EXPORT int armchair_product(const Matrix *matrix, void *pool, int kind, int64_t rows, int64_t given, float *x,
+                            float *y) {
+    const int64_t stride = (given + 63) / 64 * 64;
+    char *memory = aligned_alloc(64, (rows * (stride + 8) + 2 * 64) / 64 * 64 + 64);
+    if (!memory) return 1;
+    char *at = memory;
+    Step s = {.pool = pool, .rows = rows, .stride = stride, .x = x, .logits = y, .alone = matrix, .given = given};
+    s.whole = room(&at, rows * stride);
+    s.size = room(&at, 4 * rows);
+    s.sum = room(&at, 4 * rows);
+    begin(&s);
+    (kind == AVX512 ? armchair_multiply_avx512 : armchair_multiply_avx2)(&s);
+    end(&s);
     free(memory);
     return 0;
 }
@@ -217,9 +243,13 @@ EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const G
 EXPORT int armchair_supported(void) { return 0; }
 EXPORT void *armchair_pool(int workers) { return (void)workers, NULL; }
 EXPORT void armchair_end(void *pool) { (void)pool; }
-EXPORT int armchair_step(const Model *model, void *pool, int64_t groups, const Group *group, float *x, float *logits,
-                         double *spent) {
-    return (void)model, (void)pool, (void)groups, (void)group, (void)x, (void)logits, (void)spent, 1;
+EXPORT int armchair_step(const Model *model, void *pool, int kind, int64_t groups, const Group *group, float *x,
+                         float *logits, double *spent) {
+    return (void)model, (void)pool, (void)kind, (void)groups, (void)group, (void)x, (void)logits, (void)spent, 1;
+}
+EXPORT int armchair_product(const Matrix *matrix, void *pool, int kind, int64_t rows, int64_t given, float *x,
+                            float *y) {
+    return (void)matrix, (void)pool, (void)kind, (void)rows, (void)given, (void)x, (void)y, 1;
 }
 
 #endif

@@ -74,6 +74,8 @@ struct Step {
     float *scores;  /* (workers, most) */
     float *logits;
     double *spent; /* (KINDS,) seconds are added to, or none */
+    const Matrix *alone; /* of a product that is no part of a step: of x (rows, given), with `logits` for what it gives */
+    int64_t given;
 };
 
 enum { ROWS, PRODUCTS, KEEPING, ATTENTION, HEAD, KINDS }; /* of parts, for who asks what takes how long */
@@ -81,8 +83,10 @@ enum { ROWS, PRODUCTS, KEEPING, ATTENTION, HEAD, KINDS }; /* of parts, for who a
 /* Do a part for each of its items, by all threads of the step; its time is added to what that kind took. */
 void armchair_each(Step *step, int kind, Part part, int64_t layer, int64_t items);
 
-/* The blocks and the head for the rows of a step, by the instructions of a kind of processor. */
+/* By the instructions of a kind of processor: the blocks and the head for the rows of a step, and a product alone. */
 void armchair_through_avx512(Step *step);
 void armchair_through_avx2(Step *step);
+void armchair_multiply_avx512(Step *step);
+void armchair_multiply_avx2(Step *step);
 
 #endif

@@ -8,7 +8,7 @@
 
 #define FAST __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) FAST
-#define THROUGH armchair_through_avx2
+#define FOR_THIS(name) name##_avx2
 #define TILE 4     /* 8 sums, and what goes into one, in 16 registers */
 #define AHEAD 2048 /* bytes that are asked for before they are needed */
 

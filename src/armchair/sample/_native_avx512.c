@@ -8,7 +8,7 @@
 
 #define FAST __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline)) FAST
-#define THROUGH armchair_through_avx512
+#define FOR_THIS(name) name##_avx512
 #define TILE 6     /* 24 sums and 4 parts of the block in 32 registers */
 #define AHEAD 2048 /* bytes that are asked for before they are needed */
 

@@ -4,7 +4,7 @@
    Floats, Wholes       16 numbers of 32 bits
    load16, add16, ...   what is done with them
    TILE, add_products   rows that a block of a matrix is multiplied with at once, at most 6, and the exact sums
-   THROUGH              the name of the whole
+   FOR_THIS             what its functions are called
 
    The order in which numbers are added up is the same everywhere. */
 
@@ -295,7 +295,7 @@ FAST static void to_logits(Step *s, int64_t layer, int64_t block, int worker) {
 
 static int64_t blocks(const Matrix *m) { return (m->outputs + OUTPUTS - 1) / OUTPUTS; }
 
-void THROUGH(Step *s) {
+void FOR_THIS(armchair_through)(Step *s) {
     const Model *m = s->model;
     const int64_t heads = s->rows * m->heads;
     for (int64_t l = 0; l < m->layers; l++) {
@@ -313,4 +313,21 @@ void THROUGH(Step *s) {
     }
     armchair_each(s, ROWS, before_head, 0, s->rows);
     armchair_each(s, HEAD, to_logits, 0, blocks(&m->head));
+}
+
+/* A product alone. */
+
+FAST static void round_given(Step *s, int64_t layer, int64_t row, int worker) {
+    round_row(s, s->x + row * s->given, row, s->given);
+    (void)layer, (void)worker;
+}
+
+FAST static void multiply_given(Step *s, int64_t layer, int64_t block, int worker) {
+    product(s->alone, block, s, s->logits, s->alone->outputs, 0);
+    (void)layer, (void)worker;
+}
+
+void FOR_THIS(armchair_multiply)(Step *s) {
+    armchair_each(s, ROWS, round_given, 0, s->rows);
+    armchair_each(s, PRODUCTS, multiply_given, 0, blocks(s->alone));
 }

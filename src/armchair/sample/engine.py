@@ -27,7 +27,7 @@ from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, turned
 from armchair.prior.sequence import StreamShape, text_input_ids
-from armchair.prior.transformer import MLPS, NORM_EPSILON, Prior, PromptCache, cell_positions, stream_angles
+from armchair.prior.transformer import MLPS, NORM_EPSILON, Prior, PriorConfig, PromptCache, cell_positions, stream_angles
 from armchair.sample import native
 from armchair.sample.native import NativeStep
 from armchair.sample.weights import INT8_MOST, DrawingWeights, drawing_weights, in_eight_bits, whole_numbers
@@ -50,7 +50,7 @@ def exact_products() -> bool:
     """Whether `torch._int_mm` adds up exactly here, tried at the ends of the range.
 
     Processors from before VNNI take one factor without a sign, and may add pairs of products in 16 bits, which do not
-    hold them.
+    hold them. Or they are exact and slow: compiled code takes their place there, for captions as well (`Engine`).
     """
     x, w, exact = _ends_of_the_range()
     return torch.equal(torch._int_mm(x, w.T).long(), exact) and torch.equal(torch._int_mm(x[:1], w.T).long(), exact[:1])
@@ -116,9 +116,10 @@ def _ends_of_the_range() -> tuple[Tensor, Tensor, Tensor]:
     return x, w, x.long() @ w.long().T
 
 
-def default_weights() -> str:
-    """`int8` where its products are exact, else `fp32`."""
-    return "int8" if exact_products() else "fp32"
+def default_weights(config: PriorConfig | None = None) -> str:
+    """`int8` where its products are exact, else `fp32`; of a prior's sizes, or of such as compiled code computes with."""
+    compiled = native.library() is not None and (config is None or native.fits(config))
+    return "int8" if compiled or exact_products() else "fp32"
 
 
 def pack(weight: Tensor, bias: Tensor, weights: str, step: Tensor | None = None) -> Product:
@@ -230,14 +231,22 @@ class Engine:
 
     def __init__(self, prior: Prior | DrawingWeights, weights: str = "fp32"):
         check_name("weights", weights, WEIGHTS)
-        if weights == "int8" and not exact_products():
-            raise RequestError("weights 'int8': this processor does not add up eight-bit products exactly; take fp32")
         source = drawing_weights(prior) if isinstance(prior, Prior) else prior
         tensors = source.tensors
         self.shape: StreamShape = source.shape
         self.config, self.weights = source.config, weights
+        self.turns: tuple[Tensor, Tensor] | None = None
+        if self.config.rotary:
+            angles = torch.stack(stream_angles(self.shape, self.config.d_model // self.config.n_head), 1)
+            angles = angles[:, None, :, None]  # (L, 1, 2, 1, E / 2)
+            self.turns = angles.cos(), angles.sin()
+        self.native = self._compiled(tensors)
+        if weights == "int8" and self.native is None and not exact_products():
+            raise RequestError("weights 'int8': this processor does not add up eight-bit products exactly; take fp32")
 
         def packed(name: str) -> Product:
+            if self.native is not None and self.native.calls.instructions == native.AVX2:  # where PyTorch's is slow
+                return self.native.products[name]
             return pack(tensors[f"{name}.weight"], tensors[f"{name}.bias"], weights, tensors.get(f"{name}.step"))
 
         def norm(name: str) -> Rows:
@@ -268,13 +277,7 @@ class Engine:
         self.text_position = tensors["text_position.weight"].float()
         rows, columns = (tensors[f"{name}_embedding.weight"].float() for name in ("row", "column"))
         self.positions = cell_positions(rows, columns)  # (N, D)
-        self.turns: tuple[Tensor, Tensor] | None = None
-        if self.config.rotary:
-            angles = torch.stack(stream_angles(self.shape, self.config.d_model // self.config.n_head), 1)
-            angles = angles[:, None, :, None]  # (L, 1, 2, 1, E / 2)
-            self.turns = angles.cos(), angles.sin()
         self.places = Places(self.config.patterns, self.shape, everything=False)
-        self.native = self._compiled(tensors)
         self.independent_rows = self._rows_are_independent()
 
     def _compiled(self, tensors: Mapping[str, Tensor]) -> NativeStep | None:

@@ -1,8 +1,9 @@
-"""The engine's step in eight bits as one call of compiled code, `_native.c`, where there is that.
+"""The engine's step in eight bits as one call of compiled code, `_native*`, where there is that.
 
 A step by PyTorch is some hundred small operations a layer, which for a few rows take longer than reading the weights.
 The library is built when armchair is installed, if there is a C compiler; without it, or on a processor that it is not
-for, `library` gives None and the engine draws by PyTorch. `ARMCHAIR_NATIVE=0` asks for that too.
+for, `library` gives None and the engine draws by PyTorch. `ARMCHAIR_NATIVE=0` asks for that too, and
+`ARMCHAIR_NATIVE=avx2` for what older processors draw with.
 
 Legend: R rows, D width, H heads, E = D / H, K codebook, N image tokens.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = 64  # of a block of a matrix
 PARTS = ("norms and rounding", "products", "keeping keys", "attention", "head")  # of a step
+AVX2, AVX512 = 1, 2  # kinds of instructions, the latter with VNNI; all that have it have the former
 NUMBERS = 16  # of 32 bits in a register: widths are multiples of it
 
 Pointer = ctypes.c_void_p
@@ -79,7 +81,10 @@ def _loaded() -> ctypes.CDLL | None:
             found.armchair_pool.argtypes = [ctypes.c_int]
             found.armchair_end.argtypes = [Pointer]
             found.armchair_step.argtypes = [
-                ctypes.POINTER(Model), Pointer, Number, ctypes.POINTER(Group), Pointer, Pointer, Pointer
+                ctypes.POINTER(Model), Pointer, ctypes.c_int, Number, ctypes.POINTER(Group), Pointer, Pointer, Pointer
+            ]  # fmt: skip
+            found.armchair_product.argtypes = [
+                ctypes.POINTER(Matrix), Pointer, ctypes.c_int, Number, Number, Pointer, Pointer
             ]  # fmt: skip
             return found if found.armchair_supported() else None
     return None
@@ -88,6 +93,11 @@ def _loaded() -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """The compiled code, where it was built, is for this processor, and is not switched off."""
     return None if os.environ.get("ARMCHAIR_NATIVE") == "0" else _loaded()
+
+
+def instructions(library: ctypes.CDLL) -> int:
+    """What the compiled code computes with: AVX2 or AVX512."""
+    return AVX2 if os.environ.get("ARMCHAIR_NATIVE") == "avx2" else int(library.armchair_supported())
 
 
 def fits(config: PriorConfig) -> bool:
@@ -112,6 +122,40 @@ class Threads:
         self.pool = library.armchair_pool(count) if count > 1 else None
         if self.pool:
             weakref.finalize(self, library.armchair_end, self.pool).atexit = False
+
+
+class Calls:
+    """Calls of compiled code, with as many threads as PyTorch has when one is made."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        self.instructions = instructions(library)
+        self.threads = Threads(library, 1)
+
+    def __call__(self, name: str, first: ctypes.Structure, *arguments: Any) -> None:
+        """Raises MemoryError."""
+        if self.threads.count != torch.get_num_threads():
+            self.threads = Threads(self.library, torch.get_num_threads())
+        threads = self.threads
+        with threads.lock:
+            failed = getattr(self.library, name)(first, threads.pool, self.instructions, *arguments)
+        if failed:
+            raise MemoryError(f"no memory for {name}")
+
+
+class NativeProduct:
+    """x (R, in) -> x W^T + b, (R, out): `Int8Product` by compiled code. codes (out, in) int8, step and bias (out,)."""
+
+    def __init__(self, calls: Calls, codes: Tensor, step: Tensor, bias: Tensor):
+        self.calls = calls
+        self._tensors = [laid_out(codes), step.float().contiguous(), bias.float().contiguous()]
+        self.matrix = Matrix(*(tensor.data_ptr() for tensor in self._tensors), *codes.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[1] % NUMBERS)).contiguous()
+        y = torch.empty(len(x), self.matrix.outputs)
+        self.calls("armchair_product", self.matrix, *x.shape, x.data_ptr(), y.data_ptr())
+        return y
 
 
 class NativePlaces:
@@ -157,8 +201,10 @@ class NativeStep:
         turns: tuple[Tensor, Tensor] | None,
         text_slots: int,
     ):
-        self.library, self.text_slots = library, text_slots
-        self._tensors: list[Tensor] = []  # that the compiled code reads
+        self.text_slots = text_slots
+        self.calls = Calls(library)
+        self.products: dict[str, NativeProduct] = {}  # by the name of their matrix
+        self._tensors: list[Tensor] = []  # that the compiled code reads, too
 
         def pointer(tensor: Tensor) -> int:
             self._tensors.append(tensor.contiguous())
@@ -168,8 +214,8 @@ class NativeStep:
             return pointer(tensors[name].float()) if name in tensors else None
 
         def packed(name: str) -> Matrix:
-            codes, step, bias = matrix(name)
-            return Matrix(pointer(laid_out(codes)), pointer(step.float()), pointer(bias.float()), *codes.shape)
+            self.products[name] = NativeProduct(self.calls, *matrix(name))
+            return self.products[name].matrix
 
         def gains(name: str) -> int | None:
             if not config.qk_norm:
@@ -196,7 +242,6 @@ class NativeStep:
             text_slots, self._layers, self.head,
         )  # fmt: skip
         self._places: dict[int, tuple[Any, NativePlaces]] = {}
-        self._threads = Threads(library, 1)
         self.spent: Tensor | None = None  # (PARTS,) float64, to which seconds are added
 
     def __call__(self, x: Tensor, steps: Sequence[tuple[Tensor, int, "Cache"]]) -> Tensor:
@@ -214,23 +259,13 @@ class NativeStep:
             group.places = ctypes.addressof(self._places_of(cache.places).layers)
         x = x.contiguous()
         logits = torch.empty(len(x), self.head.outputs)
-        threads = self._threads_now()
-        with threads.lock:
-            failed = self.library.armchair_step(
-                self.model, threads.pool, len(steps), groups, x.data_ptr(), logits.data_ptr(),
-                None if self.spent is None else self.spent.data_ptr(),
-            )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for a step")
+        self.calls(
+            "armchair_step", self.model, len(steps), groups, x.data_ptr(), logits.data_ptr(),
+            None if self.spent is None else self.spent.data_ptr(),
+        )  # fmt: skip
         return logits
 
     def _places_of(self, places: "Places") -> NativePlaces:
         if id(places) not in self._places:
             self._places[id(places)] = places, NativePlaces(places, self.text_slots)
         return self._places[id(places)][1]
-
-    def _threads_now(self) -> Threads:
-        """As many threads as PyTorch has now."""
-        if self._threads.count != torch.get_num_threads():
-            self._threads = Threads(self.library, torch.get_num_threads())
-        return self._threads

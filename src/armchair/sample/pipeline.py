@@ -245,7 +245,7 @@ class Artist:
         if ranker is None and "ranker" in bundle.parts:
             ranker = open_ranker(bundle, device, self.text_tokenizer)
         self.ranker = ranker
-        self.weights = weights or (default_weights() if device.type == "cpu" else default_cuda_weights(device))
+        self.weights = weights or (default_weights(prior_config) if device.type == "cpu" else default_cuda_weights(device))
         self._decoders: dict[str, Decoder] = {}
         self.decoder(self.weights)
 

@@ -150,7 +150,7 @@ class PriorStage:
         tokens = torch.from_numpy(self.text_tokenizer.encode(different, self.recipe.text_tokenizer.length))
         device = next(self.image_tokenizer.parameters()).device
         with torch.autocast(device.type, enabled=False):  # as a bundle draws, and its engine has precisions of its own
-            decoder = Engine(model.folded(), default_weights()) if device.type == "cpu" else model
+            decoder = Engine(model.folded(), default_weights(model.config)) if device.type == "cpu" else model
             codes = draw_codes(decoder, tokens, [different.index(t) for t in texts], uniforms, settings)
             images = [self.image_tokenizer.decode(chunk.to(device)).float() for chunk in codes.split(64)]
         return codes, [image for chunk in images for image in to_pil(chunk)]
