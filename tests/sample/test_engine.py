@@ -460,10 +460,28 @@ def saturating(monkeypatch):
     exact_products.cache_clear()
 
 
-def test_where_sums_are_not_exact_eight_bits_are_not_drawn_with(saturating):
+def test_where_sums_are_not_exact_eight_bits_are_not_drawn_with(saturating, monkeypatch):
+    monkeypatch.setattr("armchair.sample.native.library", lambda: None)
     assert not exact_products() and default_weights() == "fp32"
     with pytest.raises(RequestError, match="exactly; take fp32"):
         Engine(tiny.prior(STREAM, "full"), "int8")
+
+
+def test_where_pytorch_s_sums_are_not_exact_compiled_code_draws_what_it_would_draw_elsewhere(monkeypatch):
+    if native.library() is None:
+        pytest.skip("the compiled step was not built here, or is not for this processor")
+    monkeypatch.setenv("ARMCHAIR_NATIVE", "avx2")
+    model, small = tiny.prior(STREAM, "full", width=32), tiny.prior(STREAM, "full", width=16)  # too small for it
+    text, codes = tiny.texts(3, STREAM), tiny.codes(3, STREAM)
+    before = forced_logits(Engine(model, "int8"), text, codes)
+    exact_products.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
+    try:
+        assert not exact_products()
+        assert default_weights(model.config) == "int8" and default_weights(small.config) == "fp32"
+        assert torch.equal(forced_logits(Engine(model, "int8"), text, codes), before)
+    finally:
+        exact_products.cache_clear()
 
 
 def test_sums_are_exact_at_the_ends_of_the_range():
