@@ -348,23 +348,6 @@ def test_the_loss_of_states_and_of_logits_are_timed_side_by_side(tmp_path, capsy
     assert "peak of memory" in capsys.readouterr().out and "logits" not in json.loads(found.read_text())
 
 
-def test_decoding_beside_the_drawing_and_after_it_are_timed(tmp_path, capsys, monkeypatch):
-    bundle, found, threads = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "found.json", torch.get_num_threads()
-    flags = ["--candidates", "20", "--rounds", "2", "--json", str(found)]
-    monkeypatch.setattr("sys.argv", ["", str(bundle), *flags])
-    try:
-        torch.set_num_threads(2)
-        benchmark("decoding_beside").main()
-        torch.set_num_threads(1)
-        with pytest.raises(SystemExit, match="20 candidates with 1 threads are decoded after the drawing"):
-            benchmark("decoding_beside").main()
-    finally:
-        torch.set_num_threads(threads)
-    (row,) = json.loads(found.read_text())
-    assert row["candidates"] == 20 and 0 < row["decode"] < row["after"] and row["beside"] > 0
-    assert "times as fast" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_drawing_has_not_become_slower(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [""])

@@ -437,6 +437,7 @@ class Prior(nn.Module):
     # Drawing: the caption once, then token by token.
 
     independent_rows = False  # products of 32-bit weights are done otherwise for one row than for several
+    independent_threads = False
 
     @property
     def device(self) -> torch.device:

@@ -147,6 +147,7 @@ class CudaEngine:
     """
 
     independent_rows = False
+    independent_threads = False
 
     def __init__(self, prior: Prior, weights: str = "bf16"):
         check_name("weights", weights, TYPES)

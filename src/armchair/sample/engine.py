@@ -27,7 +27,15 @@ from armchair.config import check_name
 from armchair.errors import RequestError
 from armchair.prior.attention import ImageKeys, turned
 from armchair.prior.sequence import StreamShape, text_input_ids
-from armchair.prior.transformer import MLPS, NORM_EPSILON, Prior, PriorConfig, PromptCache, cell_positions, stream_angles
+from armchair.prior.transformer import (
+    MLPS,
+    NORM_EPSILON,
+    Prior,
+    PriorConfig,
+    PromptCache,
+    cell_positions,
+    stream_angles,
+)
 from armchair.sample import native
 from armchair.sample.native import NativeStep
 from armchair.sample.weights import INT8_MOST, DrawingWeights, drawing_weights, in_eight_bits, whole_numbers
@@ -117,7 +125,7 @@ def _ends_of_the_range() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def default_weights(config: PriorConfig | None = None) -> str:
-    """`int8` where its products are exact, else `fp32`; of a prior's sizes, or of such as compiled code computes with."""
+    """`int8` where its products are exact, else `fp32`; for such sizes as compiled code computes with, or a prior's."""
     compiled = native.library() is not None and (config is None or native.fits(config))
     return "int8" if compiled or exact_products() else "fp32"
 
@@ -305,6 +313,10 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.text_embedding.device
+
+    @property
+    def independent_threads(self) -> bool:
+        return self.native is not None and self.independent_rows
 
     def prefill(self, text_tokens: Tensor) -> PromptCache:
         """Read captions (B, T); `logits` (B, K) are those of the first image token."""

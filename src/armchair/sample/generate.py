@@ -6,11 +6,16 @@ Candidate c's token is a function of (weights, caption, settings, its own unifor
 are drawn, nor of who shares the batch. A matrix product can differ in its last bits with its number of rows, so what
 has no independent rows runs at exactly MICRO_BATCH of them (twice as many with guidance), filled up where there are
 fewer; the rows of an `Engine` are independent on most machines, and come as they are, AT_ONCE at most, and one that
-comes alone is drawn by several tokens a step (`ahead`). Each caption is read alone.
+comes alone is drawn by several tokens a step (`ahead`). Where a decoder's bits do not depend on threads either, each
+thread draws a batch of its own. Each caption is read alone.
 """
 
 import bisect
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +25,7 @@ from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PromptCache
 from armchair.runtime import generator
 from armchair.sample.next_token import Settings, guide, pick, plausible, probabilities
+from armchair.sample.workers import in_order
 
 MICRO_BATCH = 8
 AT_ONCE = 16  # candidates; twice as many rows under guidance. More cost about as much a row, and memory
@@ -41,6 +47,10 @@ class Decoder(Protocol):
     def independent_rows(self) -> bool:
         """Whether a row's logits are the same bits whatever other rows there are."""
 
+    @property
+    def independent_threads(self) -> bool:
+        """Whether they are also the same with any number of threads, and several threads may ask for some at once."""
+
     def prefill(self, text_tokens: Tensor) -> PromptCache: ...
 
     def start(self, prompts: PromptCache, ahead: bool = False) -> Any: ...
@@ -52,9 +62,11 @@ class Decoder(Protocol):
     def decode_together(self, steps: "Sequence[Step]") -> list[Tensor]: ...
 
 
-def micro_batch_rows(decoder: Decoder) -> int:
-    """How many pictures `draw_codes` draws together, at most."""
-    return AT_ONCE if decoder.independent_rows else MICRO_BATCH
+def micro_batches(count: int, most: int, threads: int) -> list[range]:
+    """`count` rows as batches of `most` at most, as equal as can be and as many as keep all threads busy."""
+    batches = math.ceil(count / most)
+    batches = min(count, math.ceil(batches / threads) * threads)
+    return [range(count * i // batches, count * (i + 1) // batches) for i in range(batches)]
 
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
@@ -232,13 +244,11 @@ def draw_codes(
     forced: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
     until: int | None = None,
-    finished: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Draw one picture's codes a row: text_tokens (P, T), rows: which caption each is for, uniforms (B, N).
 
     Gives codes (B, S, S) int64. `forced` (B, N) and `until` as in `MicroBatch`; codes that are not drawn are 0.
-    `progress` is told how many rows are done, and of how many; `finished` the codes (m, S, S) of each micro-batch as
-    soon as they are drawn, in order.
+    `progress` is told now and then how many rows are done, and of how many.
     """
     if isinstance(decoder, Prior):
         decoder = decoder.folded()
@@ -246,22 +256,31 @@ def draw_codes(
     prompts = read_prompts(decoder, text_tokens.to(device))
     null = read_prompts(decoder, null_text(1, decoder.shape, device))
     given = torch.full_like(uniforms, FREE, dtype=torch.int64) if forced is None else forced
-    size, grid, done = micro_batch_rows(decoder), decoder.shape.grid, []
-    for start in range(0, len(rows), size):
-        end = min(start + size, len(rows)) if decoder.independent_rows else start + size
-        pick_rows = torch.arange(start, end).clamp(max=len(rows) - 1)  # filled up with copies of the last row
-        caption = torch.tensor(rows)[pick_rows].to(device)
-        stream, kept = uniforms[pick_rows].to(device), given[pick_rows].to(device)
-        ahead = AHEAD if len(caption) == 1 else 1
+    count, grid = len(rows), decoder.shape.grid
+    threads = torch.get_num_threads() if decoder.independent_threads else 1
+    if decoder.independent_rows:
+        batches = micro_batches(count, AT_ONCE, threads)
+    else:
+        batches = [range(start, start + MICRO_BATCH) for start in range(0, count, MICRO_BATCH)]
+
+    @torch.inference_mode()
+    def draw(which: range, stop: threading.Event) -> Tensor:
+        picked = torch.tensor(which).clamp(max=count - 1)  # filled up with copies of the last row
+        caption = torch.tensor(rows)[picked].to(device)
+        stream, kept = uniforms[picked].to(device), given[picked].to(device)
+        ahead = AHEAD if len(which) == 1 else 1
         batch = MicroBatch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead, until)
         for _ in draw_micro_batch(decoder, batch):
-            pass
-        done.append(batch.codes[: len(rows) - start].unflatten(1, (grid, grid)))
-        if finished is not None:
-            finished(done[-1])
-        if progress is not None:
-            progress(min(start + size, len(rows)), len(rows))
-        del batch  # and its cache with it, whose place the next may take
+            if stop.is_set():
+                raise CancelledError
+        return batch.codes[: count - which.start].unflatten(1, (grid, grid))
+
+    done: list[Tensor] = []
+    with closing(in_order(draw, batches, threads)) as drawn:
+        for which, codes in zip(batches, drawn, strict=True):
+            done.append(codes)
+            if progress is not None:
+                progress(min(which.stop, count), count)
     return torch.cat(done)
 
 

@@ -8,6 +8,7 @@ for, `library` gives None and the engine draws by PyTorch. `ARMCHAIR_NATIVE=0` a
 Legend: R rows, D width, H heads, E = D / H, K codebook, N image tokens.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.machinery
@@ -114,12 +115,11 @@ def laid_out(codes: Tensor) -> Tensor:
 
 
 class Threads:
-    """Threads of the compiled code's own, for one step at a time; gone with this."""
+    """Threads of the compiled code's own, which take turns at steps; gone with this. One is the caller itself."""
 
     def __init__(self, library: ctypes.CDLL, count: int):
-        self.count = count
-        self.lock = threading.Lock()
         self.pool = library.armchair_pool(count) if count > 1 else None
+        self.turn = threading.Lock() if self.pool else contextlib.nullcontext()
         if self.pool:
             weakref.finalize(self, library.armchair_end, self.pool).atexit = False
 
@@ -130,14 +130,13 @@ class Calls:
     def __init__(self, library: ctypes.CDLL):
         self.library = library
         self.instructions = instructions(library)
-        self.threads = Threads(library, 1)
+        self.threads: dict[int, Threads] = {}  # by how many
 
     def __call__(self, name: str, first: ctypes.Structure, *arguments: Any) -> None:
         """Raises MemoryError."""
-        if self.threads.count != torch.get_num_threads():
-            self.threads = Threads(self.library, torch.get_num_threads())
-        threads = self.threads
-        with threads.lock:
+        count = torch.get_num_threads()
+        threads = self.threads.get(count) or self.threads.setdefault(count, Threads(self.library, count))
+        with threads.turn:
             failed = getattr(self.library, name)(first, threads.pool, self.instructions, *arguments)
         if failed:
             raise MemoryError(f"no memory for {name}")
@@ -266,6 +265,6 @@ class NativeStep:
         return logits
 
     def _places_of(self, places: "Places") -> NativePlaces:
-        if id(places) not in self._places:
-            self._places[id(places)] = places, NativePlaces(places, self.text_slots)
+        if id(places) not in self._places:  # two threads that come at once take the same
+            self._places.setdefault(id(places), (places, NativePlaces(places, self.text_slots)))
         return self._places[id(places)][1]

@@ -31,7 +31,6 @@ from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PriorConfig, PromptCache
 from armchair.runtime import pick_device
 from armchair.sample.cuda_engine import TYPES, CudaEngine, default_cuda_weights
-from armchair.sample.decoding import DecodingThread
 from armchair.sample.engine import WEIGHTS, Engine, default_weights
 from armchair.sample.generate import (
     AHEAD,
@@ -42,7 +41,6 @@ from armchair.sample.generate import (
     candidate_uniforms,
     draw_codes,
     draw_micro_batch,
-    micro_batch_rows,
     read_prompts,
 )
 from armchair.sample.next_token import Settings
@@ -66,7 +64,6 @@ MAX_SEED = 2**63 - 1
 UNDRAWN = (128, 128, 128)  # of a partial picture
 SHEET_CELL = 256  # pixels, about, of a picture on a contact sheet
 
-Finished = Callable[[Tensor], None]  # told of each batch of codes (m, S, S) as soon as it is drawn
 Rectangle = tuple[int, int, int, int]  # x, y, x2, y2 in pixels; x2 and y2 are exclusive
 
 
@@ -245,7 +242,8 @@ class Artist:
         if ranker is None and "ranker" in bundle.parts:
             ranker = open_ranker(bundle, device, self.text_tokenizer)
         self.ranker = ranker
-        self.weights = weights or (default_weights(prior_config) if device.type == "cpu" else default_cuda_weights(device))
+        on_cpu = device.type == "cpu"
+        self.weights = weights or (default_weights(prior_config) if on_cpu else default_cuda_weights(device))
         self._decoders: dict[str, Decoder] = {}
         self.decoder(self.weights)
 
@@ -365,10 +363,8 @@ class Artist:
         uniforms = candidate_uniforms(_whole("seed", seed, 0, MAX_SEED), candidates, self.shape.image_length)
         decoder, rows = self.decoder(), range(len(prompts))
 
-        def draw(finished: Finished | None) -> np.ndarray:
-            return draw_codes(decoder, tokens, rows, uniforms, self.settings, finished=finished).cpu().numpy()
-
-        return self._decoded(len(prompts), draw)[1]
+        codes = draw_codes(decoder, tokens, rows, uniforms, self.settings)
+        return self._decode(codes.cpu().numpy())
 
     def draw_stream(
         self,
@@ -694,7 +690,6 @@ class Artist:
         progress: Callable[[int, int], None] | None = None,
         weights: str | None = None,
         until: int | None = None,
-        finished: Finished | None = None,
     ) -> np.ndarray:
         """Codes (n, S, S) of candidates; `forced` holds given ones, (S, S) for all or (n, S, S)."""
         uniforms = candidate_uniforms(seed, candidates, self.shape.image_length)
@@ -702,41 +697,15 @@ class Artist:
         rows = [0] * len(candidates)
         decoder = self.decoder(weights)
         tokens = self._tokens(prompt)
-        codes = draw_codes(decoder, tokens, rows, uniforms, settings, given, progress, until, finished)
+        codes = draw_codes(decoder, tokens, rows, uniforms, settings, given, progress, until)
         return codes.cpu().numpy()
 
     def _draw_pictures(
         self, plan: Plan, forced: np.ndarray | None, progress: Callable[[int, int], None] | None
     ) -> tuple[np.ndarray, list[Image.Image]]:
         """The codes of a plan's candidates, `_draw`, and what they decode to."""
-
-        def draw(finished: Finished | None) -> np.ndarray:
-            return self._draw(
-                plan.prompt, plan.candidates, plan.seed, plan.settings, forced, progress, finished=finished
-            )
-
-        return self._decoded(len(plan.candidates), draw)
-
-    def _decoded(
-        self, count: int, draw: Callable[[Finished | None], np.ndarray]
-    ) -> tuple[np.ndarray, list[Image.Image]]:
-        """The codes of `count` pictures that `draw` gives, and these pictures.
-
-        On a CPU what is drawn already is decoded beside the drawing, which leaves threads idle between its small
-        products. The bytes are the same: pictures are decoded by the same eights, and convolutions are shared out to
-        threads by what they give.
-        """
-        if not self._decodes_beside(count):
-            codes = draw(None)
-            return codes, self._decode(codes)
-        with DecodingThread(lambda codes: self._decode(codes.numpy())) as thread:
-            codes = draw(thread.take)
-            return codes, thread.pictures()
-
-    def _decodes_beside(self, count: int) -> bool:
-        """Whether so many pictures are worth a thread that decodes: there are two threads, and more than one batch."""
-        on_cpu = self.device.type == "cpu"
-        return on_cpu and torch.get_num_threads() > 1 and count > micro_batch_rows(self.decoder())
+        codes = self._draw(plan.prompt, plan.candidates, plan.seed, plan.settings, forced, progress)
+        return codes, self._decode(codes)
 
     def _halved(
         self, plan: Plan, keep: int, progress: Callable[[int, int], None] | None
