@@ -348,6 +348,25 @@ def test_the_loss_of_states_and_of_logits_are_timed_side_by_side(tmp_path, capsy
     assert "peak of memory" in capsys.readouterr().out and "logits" not in json.loads(found.read_text())
 
 
+def test_drawing_by_threads_is_timed_each_way(tmp_path, capsys, monkeypatch):
+    bundle, found = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "found.json"
+    flags = ["--candidates", "1", "5", "--threads", "2", "--rounds", "2", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["", str(bundle), *flags])
+    if not load_artist(bundle, "cpu").decoder().independent_threads:
+        with pytest.raises(SystemExit, match="not by the compiled step"):
+            benchmark("drawing_threads").main()
+        return
+    benchmark("drawing_threads").main()
+    one, five = json.loads(found.read_text())
+    assert one["candidates"] == 1 and five["candidates"] == 5
+    assert all(five[way] > 0 for way in ("one", "shared", "a batch each", "a batch each, times as fast"))
+    assert "shared, times as fast" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setenv("ARMCHAIR_NATIVE", "0")
+        with pytest.raises(SystemExit, match="not by the compiled step"):
+            benchmark("drawing_threads").main()
+
+
 @pytest.mark.slow
 def test_drawing_has_not_become_slower(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [""])

@@ -38,7 +38,7 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def artist(tmp_path_factory: pytest.TempPathFactory) -> Artist:
     folder = tmp_path_factory.mktemp("ranked") / "bundle"
-    return load_artist(write_tiny_bundle(folder, ranked=True, width=32), "cpu")
+    return load_artist(write_tiny_bundle(folder, ranked=True), "cpu")
 
 
 @pytest.fixture
