@@ -203,6 +203,25 @@ def test_threads_end_with_their_engine():
         torch.set_num_threads(before)
 
 
+@needs_the_library
+@pytest.mark.skipif(not TASKS.is_dir(), reason="this system does not list a process's threads")
+def test_a_step_is_shared_by_threads_of_its_own_while_pytorch_has_one():
+    before, text, codes = torch.get_num_threads(), tiny.texts(2, STREAM), tiny.codes(2, STREAM)
+    engine = Engine(tiny.prior(STREAM, "full", width=32), "int8")
+    torch.set_num_threads(1)
+    try:
+        expected, during = logits(engine, text, codes), len(list(TASKS.iterdir()))
+        torch.set_num_threads(4)
+        with pytest.raises(KeyboardInterrupt), native.sharing(3):
+            assert torch.get_num_threads() == 1
+            assert torch.equal(logits(engine, text, codes), expected)
+            assert len(list(TASKS.iterdir())) == during + 2
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_sizes_that_it_is_not_for_are_left_to_pytorch():
     model = tiny.prior(STREAM, "full", width=16)  # heads of 8
     assert not native.fits(model.config) and Engine(model, "int8").native is None

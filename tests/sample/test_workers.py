@@ -81,7 +81,8 @@ def test_codes_are_the_same_with_any_number_of_threads(guidance, threads_used):
             torch.set_num_threads(threads)
             threads_used.clear()
             found.append(draw_codes(engine, text, rows, uniforms[:count], Settings(guidance=guidance)))
-            assert threads_used == {"drawing 1" if min(threads, count) > 1 else f"MainThread {threads}"}
+            assert threads_used == {"drawing 1" if min(threads, count) > 1 else "MainThread 1"}
+            assert torch.get_num_threads() == threads
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from armchair.prior.sequence import StreamShape, null_text
 from armchair.prior.transformer import Prior, PromptCache
 from armchair.runtime import generator
+from armchair.sample.native import sharing
 from armchair.sample.next_token import Settings, guide, pick, plausible, probabilities
 from armchair.sample.workers import in_order
 
@@ -276,7 +277,8 @@ def draw_codes(
         return batch.codes[: count - which.start].unflatten(1, (grid, grid))
 
     done: list[Tensor] = []
-    with closing(in_order(draw, batches, threads)) as drawn:
+    alone = len(batches) == 1 and threads > 1  # its steps are shared
+    with sharing(threads) if alone else nullcontext(), closing(in_order(draw, batches, threads)) as drawn:
         for which, codes in zip(batches, drawn, strict=True):
             done.append(codes)
             if progress is not None:

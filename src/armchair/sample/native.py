@@ -15,7 +15,7 @@ import importlib.machinery
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,28 @@ class Threads:
             weakref.finalize(self, library.armchair_end, self.pool).atexit = False
 
 
+_of_this_thread = threading.local()
+
+
+@contextlib.contextmanager
+def sharing(threads: int) -> Iterator[None]:
+    """For who calls in here: compiled code has so many threads, and PyTorch one.
+
+    PyTorch's threads go on spinning for a while when their part of an operation is done, on the cores that threads of
+    the next step need.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _of_this_thread.shared_by = threads
+    try:
+        yield
+    finally:
+        del _of_this_thread.shared_by
+        torch.set_num_threads(before)
+
+
 class Calls:
-    """Calls of compiled code, with as many threads as PyTorch has when one is made."""
+    """Calls of compiled code, with as many threads as PyTorch has when one is made, or as `sharing` says."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
@@ -134,7 +154,7 @@ class Calls:
 
     def __call__(self, name: str, first: ctypes.Structure, *arguments: Any) -> None:
         """Raises MemoryError."""
-        count = torch.get_num_threads()
+        count = getattr(_of_this_thread, "shared_by", None) or torch.get_num_threads()
         threads = self.threads.get(count) or self.threads.setdefault(count, Threads(self.library, count))
         with threads.turn:
             failed = getattr(self.library, name)(first, threads.pool, self.instructions, *arguments)
