@@ -1,5 +1,6 @@
 """Times armchair on a Job, in a process of its own: `python -m armchair.bench.own '{"system": "armchair-int8", …}'`."""
 
+import functools
 import json
 import sys
 import time
@@ -191,11 +192,16 @@ def bounds(megabytes: int = 512) -> dict[str, float]:
 
     data = torch.ones(megabytes * 2**17, dtype=torch.int64)
     other = torch.empty_like(data)
-    n = 2048
 
     def product(kind: torch.dtype) -> float:
-        a: Tensor = torch.randn(n, n).to(kind)
-        return 2 * n**3 / best(lambda: a @ a)
+        """Of matrices as large as can be without taking long, as bfloat16 does where a processor lacks it."""
+        n = 256
+        while True:
+            a: Tensor = torch.randn(n, n).to(kind)
+            seconds = best(functools.partial(torch.matmul, a, a))
+            if n == 2048 or seconds > 0.1:
+                return 2 * n**3 / seconds
+            n *= 2
 
     return {
         "read_bytes": data.nbytes / best(lambda: data.sum()),
