@@ -613,7 +613,7 @@ class Artist:
             logits = self.prior(null_text(len(chunk), self.shape, self.device), chunk)[1].float()
             return -F.cross_entropy(logits.transpose(1, 2), chunk, reduction="none").mean(1).cpu() / math.log(2)
 
-        return in_micro_batches(of, torch.from_numpy(codes).flatten(1)).tolist()
+        return in_micro_batches(of, torch.from_numpy(codes).flatten(1), self.device).tolist()
 
     def drawing(
         self,
@@ -778,10 +778,10 @@ class Artist:
     @torch.inference_mode()
     def _encode(self, squares: list[np.ndarray]) -> np.ndarray:
         encode = self.image_tokenizer.encode
-        return in_micro_batches(lambda x: encode(x.to(self.device)).cpu(), stack(squares)).numpy()
+        return in_micro_batches(lambda x: encode(x.to(self.device)).cpu(), stack(squares), self.device).numpy()
 
     def _decode(self, codes: np.ndarray) -> list[Image.Image]:
-        return to_pil(in_micro_batches(self._pixels, torch.from_numpy(codes)))
+        return to_pil(in_micro_batches(self._pixels, torch.from_numpy(codes), self.device))
 
     @torch.inference_mode()
     def _pixels(self, codes: Tensor) -> Tensor:

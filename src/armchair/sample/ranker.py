@@ -90,7 +90,8 @@ class Ranker:
     def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Where images lie in the shared space, (B, E) float32 of length one. Raises as `rank`."""
         with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.encode_images(x.to(self.device)).cpu(), self._squares(images))
+            squares = self._squares(images)
+            return in_micro_batches(lambda x: self.model.encode_images(x.to(self.device)).cpu(), squares, self.device)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Where texts lie in the shared space, (B, E) float32 of length one."""
@@ -100,7 +101,8 @@ class Ranker:
         """What a captioner looks at, (B, M, D) float32. Raises as `rank`, and RequestError where there is none."""
         self._check_captions()
         with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.image_states(x.to(self.device)).cpu(), self._squares(images))
+            squares = self._squares(images)
+            return in_micro_batches(lambda x: self.model.image_states(x.to(self.device)).cpu(), squares, self.device)
 
     def caption_log_probs(self, states: Tensor, texts: Sequence[str]) -> list[float]:
         """log2 p(text | picture) a token, the end among them, of pictures' states (B, M, D) and a text of each.
@@ -125,11 +127,11 @@ class Ranker:
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), tokens)
+            return in_micro_batches(lambda x: self.model.encode_text(x.to(self.device)).cpu(), tokens, self.device)
 
     def _embed_states(self, states: Tensor) -> Tensor:
         with torch.inference_mode():
-            return in_micro_batches(lambda x: self.model.encode_states(x.to(self.device)).cpu(), states)
+            return in_micro_batches(lambda x: self.model.encode_states(x.to(self.device)).cpu(), states, self.device)
 
     def _squares(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         size = self.model.config.image.resolution
@@ -226,8 +228,14 @@ def square_of(image: Image.Image, size: int) -> np.ndarray:
         raise RequestError(f"image: {broken.cause}; expected 8-bit RGB or grey") from None
 
 
-def in_micro_batches(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`f` on MICRO_BATCH rows at a time, filled up, so that no row depends on how many there are."""
+def in_micro_batches(f: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> Tensor:
+    """`f`, which computes on a device, so that no row depends on how many there are, nor on its place among them.
+
+    MICRO_BATCH rows at a time, filled up; but one on a CPU without AVX-512, where sums in 32 bits can be done otherwise
+    for the first rows of a product than for the last (seen on an AMD EPYC).
+    """
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return torch.cat([f(row) for row in x.split(1)])
     done = []
     for start in range(0, len(x), MICRO_BATCH):
         rows = torch.arange(start, start + MICRO_BATCH).clamp(max=len(x) - 1)
