@@ -1,7 +1,6 @@
 import gc
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -139,12 +138,12 @@ def test_draw(draw: Run, tmp_path: Path) -> None:
 def test_long_draws_say_how_far_they_are(draw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "drawn" not in draw(PROMPT, "--out", "soon", "-n", 40).err
     monkeypatch.setattr(cli._DrawingProgress, "every", 0.0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # with more, each draws a batch of its own
     lines = draw(PROMPT, "--out", "late", "-n", 40).err.splitlines()
-    told = [int(re.fullmatch(r"'a red circle': (\d+) of 40 drawn, .*", line)[1]) for line in lines[:-1]]
-    assert len(told) > 1 and told == sorted(set(told)) and told[0] > 0 and told[-1] < 40
+    assert [line.rpartition(",")[0] for line in lines[:-1]] == [f"'a red circle': {n} of 40 drawn" for n in (13, 26)]
     assert lines[0].endswith(" left") and lines[-1].startswith("40 pictures")
     # Without a ranker only what is kept is drawn.
-    assert "of 17 drawn" in draw(PROMPT, "--out", "kept", "-n", 20, "--keep", 17).err
+    assert "8 of 17 drawn" in draw(PROMPT, "--out", "kept", "-n", 20, "--keep", 17).err
 
 
 def test_draw_json(draw: Run, tiny_bundle: Path) -> None:
