@@ -127,6 +127,44 @@ def test_nothing_is_left_running_when_drawing_is_stopped(artist, error):
     assert nothing_is_left() and told == sorted(told) and told[-1] < 70
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX512", reason="micro-batches of eight do there")
+def test_pixels_and_scores_are_the_same_with_any_number_of_threads_and_pictures(artist):
+    codes = artist.draw(PROMPT, candidates=5).codes
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for count in (1, 2, 5):
+            images = artist.decode(codes[:count])
+            scores = artist.rank(images, PROMPT)
+            found.append([(image.tobytes(), score) for image, score in zip(images, scores, strict=True)])
+            assert torch.get_num_threads() == threads
+    assert all(pictures == found[-1][: len(pictures)] for pictures in found)
+
+
+def test_a_single_piece_is_computed_alone_too():
+    def work(piece: int, stop: threading.Event) -> tuple[str, int]:
+        return threading.current_thread().name.split("_")[0], torch.get_num_threads()
+
+    assert list(in_order(work, [0], 2)) == [("drawing", 1)]
+    assert list(in_order(work, [0], 1)) == [("MainThread", 2)]
+    assert list(in_order(work, [], 2)) == [] and nothing_is_left()
+
+
+def test_a_thread_that_wakes_when_all_is_done_keeps_nobody_waiting(monkeypatch, caplog):
+    class Late(threading.Barrier):
+        def wait(self, timeout: float | None = None) -> int:
+            place = super().wait(timeout)
+            if threading.current_thread().name == "drawing_1":
+                while not self.broken:
+                    time.sleep(0.001)
+                raise threading.BrokenBarrierError
+            return place
+
+    monkeypatch.setattr(threading, "Barrier", Late)
+    assert list(in_order(lambda piece, _: piece, range(3), 2)) == [0, 1, 2] and nothing_is_left()
+    assert not caplog.records  # of a thread that failed to begin: the others may wait for ever then
+
+
 def test_results_come_in_order_and_errors_where_they_belong():
     def work(piece: int, stop: threading.Event) -> int:
         time.sleep(0.01 * (5 - piece))

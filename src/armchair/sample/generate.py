@@ -277,8 +277,9 @@ def draw_codes(
         return batch.codes[: count - which.start].unflatten(1, (grid, grid))
 
     done: list[Tensor] = []
-    alone = len(batches) == 1 and threads > 1  # its steps are shared
-    with sharing(threads) if alone else nullcontext(), closing(in_order(draw, batches, threads)) as drawn:
+    shared = len(batches) == 1 and threads > 1  # one batch's steps are
+    pieces = in_order(draw, batches, 1 if shared else threads)
+    with sharing(threads) if shared else nullcontext(), closing(pieces) as drawn:
         for which, codes in zip(batches, drawn, strict=True):
             done.append(codes)
             if progress is not None:
