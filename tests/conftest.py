@@ -26,6 +26,10 @@ hypothesis.settings.register_profile("armchair", deadline=None)
 hypothesis.settings.load_profile("armchair")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests are shared out to processes, which would take each other's cores
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
     """A command that draws or serves sets up the process that it runs in, which here is that of all tests."""

@@ -201,6 +201,16 @@ def test_without_a_ranker_or_training_pictures_the_report_says_what_is_missing(
     assert (tmp_path / "r/index.html").read_text().count("Not measured") == 3
 
 
+def test_captions_that_are_cut_are_told_once_a_test(
+    tiny_bundle: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", str(tiny_bundle), "--data", "shapes:val,length=40", "--features", str(network), *FLAGS]
+    assert main([*argv, "--suite", "likelihood", "diversity", "--report", str(tmp_path / "r")]) == 0
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if "captions were cut to 8 tokens" in line]
+    assert 1 <= len(lines) <= 2 and "of 1 captions cut" not in err, err
+
+
 def test_a_folder_whose_name_begins_like_the_shapes_world_is_a_folder(
     network: Path, report: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from armchair.errors import BundleError, RequestError
-from armchair.text.bpe import BYTES, TextTokenizer
+from armchair.text.bpe import BYTES, TextTokenizer, cuts_summed_up
 
 THINGS = ["apple", "avocado", "armchair", "baguette", "cube", "snail", "teapot", "사과", "яблоко"]
 CAPTIONS = [
@@ -142,6 +142,23 @@ def test_long_captions_are_cut_with_one_warning(caplog: pytest.LogCaptureFixture
     tokenizer.encode(["x" * 9], 8, warn=False)
     assert tokenizer.cut_count == 4 and len(caplog.records) == 2
     assert tokenizer.encode([], 8).shape == (0, 8)
+
+
+def test_cuts_in_long_work_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = TextTokenizer.from_json(TOKENIZER.to_json())
+    with pytest.raises(KeyError), cuts_summed_up():
+        for text in ("x" * 9, "zq" * 20, "a"):
+            tokenizer.encode([text, "b"], 8)
+            tokenizer.encode([text], 4)
+        assert not caplog.records
+        raise KeyError  # what was cut is told all the same
+    longest = len(HF.encode("zq" * 20).ids)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"captions were cut to 8 tokens 2 times; the longest has {longest}",
+        f"captions were cut to 4 tokens 2 times; the longest has {longest}",
+    ]
+    tokenizer.encode(["x" * 9], 8)
+    assert len(caplog.records) == 3
 
 
 def test_wrong_requests() -> None:

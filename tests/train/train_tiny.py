@@ -1,5 +1,6 @@
-"""Train a tiny recipe on drawn shapes: `python train_tiny.py RUN`. A run that was begun goes on."""
+"""Train a tiny recipe on drawn shapes, in a process of its own. A run that was begun goes on."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,13 @@ def open_run(folder: Path, data: dict[str, Any] = RECIPE) -> Run:
     return start_run(from_dict(Recipe, data), folder, resume=True, device=torch.device("cpu"))
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
+    """All stages; what goes to stderr is added to FOLDER.err."""
+    with folder.with_suffix(".err").open("a") as errors:
+        os.dup2(errors.fileno(), 2)
     sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]  # as where it is not installed
     torch.set_num_threads(1)
-    run = open_run(Path(sys.argv[1]))
+    run = open_run(folder)
     run.stage("image-tokenizer")
     run.stage("prior")
     run.stage("ranker")

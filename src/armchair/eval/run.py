@@ -24,6 +24,7 @@ from armchair.eval.probe import probe
 from armchair.eval.reconstruction import reconstruction
 from armchair.eval.report import write_report
 from armchair.sample.pipeline import Artist
+from armchair.text.bpe import cuts_summed_up
 
 SUITES: dict[str, Callable[[Context], Section]] = {
     "reconstruction": reconstruction,
@@ -143,7 +144,8 @@ def evaluate(
     for number, name in enumerate(chosen, start=1):
         say(f"{name} ({number} of {len(chosen)})")
         began = time.perf_counter()
-        section = SUITES[name](context)
+        with cuts_summed_up():
+            section = SUITES[name](context)
         section.seconds = time.perf_counter() - began
         if name in DRAWING and not section.skipped:
             section.protocol += f" Drawn with {drawn_with}."

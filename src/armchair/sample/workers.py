@@ -18,9 +18,10 @@ def in_order(
     """What `work` gives for each piece, in order, with as many of them under way as there are threads.
 
     Threads that share out one small product after the other spend their time waiting for each other; with a piece each
-    they do not wait. With fewer than two the caller does all; else a single piece too is computed alone, so that its bits
-    do not depend on how many there are. When the iterator is closed before its end, pieces that are not begun are given up, and the event
-    that `work` is given is set: it may raise then, and is waited for. Raises what `work` raises.
+    they do not wait. With fewer than two the caller does all; else a single piece too is computed alone, so that its
+    bits do not depend on how many there are. When the iterator is closed before its end, pieces that are not begun are
+    given up, and the event that `work` is given is set: it may raise then, and is waited for. Raises what `work`
+    raises.
     """
     stop = threading.Event()
     if threads < 2 or not pieces:

@@ -1,13 +1,14 @@
 """Text tokenizer: byte-level BPE (Sennrich et al. 2016) with seeded BPE-dropout (Provilkov et al. 2020)."""
 
+import contextlib
 import functools
 import hashlib
 import heapq
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,6 +17,7 @@ from armchair.errors import BundleError, RequestError
 
 log = logging.getLogger(__name__)
 
+CUT_WARNING = "%d of %d captions cut to %d tokens; the longest has %d"
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -129,7 +131,7 @@ class TextTokenizer:
             cut = sum(len(ids) > length for ids in rows)
             self.cut_count += cut
             if warn:
-                log.warning("%d of %d captions cut to %d tokens; the longest has %d", cut, len(rows), length, longest)
+                log.warning(CUT_WARNING, cut, len(rows), length, longest)
         return out
 
     def decode(self, row: Iterable[int]) -> str:
@@ -201,6 +203,28 @@ class TextTokenizer:
                 heapq.heappush(heap, candidate)
             skipped.clear()
         return [i for i in ids if i >= 0], keep
+
+
+@contextlib.contextmanager
+def cuts_summed_up() -> Iterator[None]:
+    """For work that reads captions many times: one warning a length, at its end, for all that were cut meanwhile."""
+    sums: dict[int, tuple[int, int]] = {}
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.msg != CUT_WARNING:
+            return True
+        cut, _, length, longest = cast(tuple[int, int, int, int], record.args)
+        before = sums.get(length, (0, 0))
+        sums[length] = (before[0] + cut, max(before[1], longest))
+        return False
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+        for length, (cut, longest) in sums.items():
+            log.warning("captions were cut to %d tokens %d times; the longest has %d", length, cut, longest)
 
 
 class _Gaps:
