@@ -43,13 +43,15 @@ def artist(tmp_path_factory: pytest.TempPathFactory) -> Artist:
 
 @pytest.fixture
 def threads_used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The names of the threads in which codes are drawn, and how many threads each of them has."""
+    """The names of the threads in which codes are drawn, how many threads each of them has, and by how many steps are
+    shared."""
     names: set[str] = set()
     draw = generate.draw_micro_batch
 
-    def told(*args: object) -> Iterator[torch.Tensor]:
-        names.add(f"{threading.current_thread().name.split('_')[0]} {torch.get_num_threads()}")
-        return draw(*args)  # type: ignore[arg-type]
+    def told(decoder: generate.Decoder, batch: generate.MicroBatch, threads: int = 1) -> Iterator[torch.Tensor]:
+        own = f"{threading.current_thread().name.split('_')[0]} {torch.get_num_threads()}"
+        names.add(own if threads == 1 else f"{own} shared by {threads}")
+        return draw(decoder, batch, threads)
 
     monkeypatch.setattr(generate, "draw_micro_batch", told)
     return names
@@ -81,7 +83,8 @@ def test_codes_are_the_same_with_any_number_of_threads(guidance, threads_used):
             torch.set_num_threads(threads)
             threads_used.clear()
             found.append(draw_codes(engine, text, rows, uniforms[:count], Settings(guidance=guidance)))
-            assert threads_used == {"drawing 1" if min(threads, count) > 1 else "MainThread 1"}
+            alone = "MainThread 1" if threads == 1 else f"MainThread {threads} shared by {threads}"
+            assert threads_used == {"drawing 1" if min(threads, count) > 1 else alone}
             assert torch.get_num_threads() == threads
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -103,6 +106,25 @@ def test_completed_halved_and_many_prompts_pictures_are_the_same_too(artist, thr
         assert [x.tobytes() for x in a.images] == [x.tobytes() for x in b.images]
     assert [x.tobytes() for x in each_by_two] == [x.tobytes() for x in artist.draw_each(prompts)]
     assert threads_used == {"MainThread 2"}
+
+
+@needs_the_library
+def test_a_picture_that_is_shown_as_it_grows_is_shared_too(artist, monkeypatch):
+    shared_by = []
+    sharing = generate.sharing
+    monkeypatch.setattr(generate, "sharing", lambda threads: shared_by.append(threads) or sharing(threads))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        shown = []
+        for picture in artist.draw_stream(PROMPT):
+            assert torch.get_num_threads() == threads  # between steps all is the caller's
+            shown.append(picture.codes if isinstance(picture, Drawing) else picture.tobytes())
+        found.append(shown)
+        assert set(shared_by) == {threads}
+        shared_by.clear()
+    *_, last = found[0]
+    assert all(other[-2] == found[0][-2] and (other[-1] == last).all() for other in found)
 
 
 def test_what_has_other_bits_with_more_threads_is_drawn_by_the_caller(threads_used):

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -217,8 +217,11 @@ class MicroBatch:
 
 
 @torch.inference_mode()
-def draw_micro_batch(decoder: Decoder, batch: MicroBatch) -> Iterator[Tensor]:
-    """Draw a micro-batch to its end; yields `shown` codes (M, N) after each finished row of the grid."""
+def draw_micro_batch(decoder: Decoder, batch: MicroBatch, threads: int = 1) -> Iterator[Tensor]:
+    """Draw a micro-batch to its end; yields `shown` codes (M, N) after each finished row of the grid.
+
+    So many `threads` share each step (`several_threads`).
+    """
     shown = 0
     while True:
         while shown < batch.known // batch.grid:
@@ -226,7 +229,13 @@ def draw_micro_batch(decoder: Decoder, batch: MicroBatch) -> Iterator[Tensor]:
             yield batch.shown(shown)
         if batch.done:
             return
-        batch.take(decoder.decode_steps(*batch.step()))
+        with sharing(threads):
+            batch.take(decoder.decode_steps(*batch.step()))
+
+
+def several_threads(decoder: Decoder) -> int:
+    """How many threads may draw with a decoder: as many as PyTorch has, where bits do not depend on that."""
+    return torch.get_num_threads() if decoder.independent_threads else 1
 
 
 def _hits(drawn: Tensor, guesses: Tensor) -> int:
@@ -258,11 +267,12 @@ def draw_codes(
     null = read_prompts(decoder, null_text(1, decoder.shape, device))
     given = torch.full_like(uniforms, FREE, dtype=torch.int64) if forced is None else forced
     count, grid = len(rows), decoder.shape.grid
-    threads = torch.get_num_threads() if decoder.independent_threads else 1
+    threads = several_threads(decoder)
     if decoder.independent_rows:
         batches = micro_batches(count, AT_ONCE, threads)
     else:
         batches = [range(start, start + MICRO_BATCH) for start in range(0, count, MICRO_BATCH)]
+    shared = threads if len(batches) == 1 else 1  # the steps of a single batch are shared
 
     @torch.inference_mode()
     def draw(which: range, stop: threading.Event) -> Tensor:
@@ -271,15 +281,13 @@ def draw_codes(
         stream, kept = uniforms[picked].to(device), given[picked].to(device)
         ahead = AHEAD if len(which) == 1 else 1
         batch = MicroBatch(decoder, prompts.rows(caption), null, stream, settings, kept, ahead, until)
-        for _ in draw_micro_batch(decoder, batch):
+        for _ in draw_micro_batch(decoder, batch, shared):
             if stop.is_set():
                 raise CancelledError
         return batch.codes[: count - which.start].unflatten(1, (grid, grid))
 
     done: list[Tensor] = []
-    shared = len(batches) == 1 and threads > 1  # one batch's steps are
-    pieces = in_order(draw, batches, 1 if shared else threads)
-    with sharing(threads) if shared else nullcontext(), closing(pieces) as drawn:
+    with closing(in_order(draw, batches, 1 if shared > 1 else threads)) as drawn:
         for which, codes in zip(batches, drawn, strict=True):
             done.append(codes)
             if progress is not None:

@@ -129,11 +129,14 @@ _of_this_thread = threading.local()
 
 @contextlib.contextmanager
 def sharing(threads: int) -> Iterator[None]:
-    """For who calls in here: compiled code has so many threads, and PyTorch one.
+    """For who calls in here: compiled code has so many threads, and PyTorch one. With a single one all is as it is.
 
     PyTorch's threads go on spinning for a while when their part of an operation is done, on the cores that threads of
     the next step need.
     """
+    if threads < 2:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     _of_this_thread.shared_by = threads

@@ -42,6 +42,7 @@ from armchair.sample.generate import (
     draw_codes,
     draw_micro_batch,
     read_prompts,
+    several_threads,
 )
 from armchair.sample.next_token import Settings
 from armchair.sample.png import output_paths, read_record, save_png
@@ -755,7 +756,7 @@ class Artist:
         forced = torch.full_like(uniforms, FREE, dtype=torch.int64)
         cell = self.resolution // self.grid
         batch = MicroBatch(decoder, prompts, null, uniforms, settings, forced, AHEAD if len(rows) == 1 else 1)
-        for finished, drawn in enumerate(draw_micro_batch(decoder, batch), start=1):
+        for finished, drawn in enumerate(draw_micro_batch(decoder, batch, several_threads(decoder)), start=1):
             codes = drawn[:1].unflatten(1, (self.grid, self.grid))
             if finished < self.grid:
                 (partial,) = to_pil(self._pixels(codes))

@@ -34,7 +34,9 @@ from armchair.sample.generate import (
     MicroBatch,
     candidate_uniforms,
     joined_prompts,
+    several_threads,
 )
+from armchair.sample.native import sharing
 from armchair.sample.next_token import Settings
 from armchair.sample.pipeline import UNDRAWN, Artist, Drawing, Plan
 
@@ -375,9 +377,10 @@ class Drawer:
         for group in groups:
             if group.batch.ahead > 1 or len(group.rows) == 1 and group.batch.several:
                 group.batch.ahead = max(1, AHEAD // total)  # guesses are for what would be drawn alone
-        every = self.decoder.decode_together([group.batch.step() for group in groups])
-        for group, logits in zip(groups, every, strict=True):
-            group.batch.take(logits)
+        with sharing(several_threads(self.decoder)):
+            every = self.decoder.decode_together([group.batch.step() for group in groups])
+            for group, logits in zip(groups, every, strict=True):
+                group.batch.take(logits)
 
     def _codes_known(self) -> int:
         return sum(len(group.rows) * group.batch.known for group in self._groups)
