@@ -221,6 +221,24 @@ def test_whoever_draws_what_is_asked_for_is_right_and_whoever_draws_one_thing_is
     assert frames == {labels.RIGHT} and framed[0].size == (2 * SIDE + 9, SIDE + 6)
 
 
+def test_what_a_better_choice_could_reach_is_told(shards, monkeypatch):
+    class ChoosesBadly(Obedient):
+        def draw(self, *args: Any, **settings: Any) -> Any:
+            drawing = super().draw(*args, **settings)
+            return SimpleNamespace(images=drawing.images[::-1], candidates=drawing.candidates[::-1])
+
+    labels = benchmark("emoji_labels")
+    found, _ = measured(labels, shards, monkeypatch, ChoosesBadly(shards))
+    table = labels.by_group(found)["training captions"]
+    assert table["best"]["label"]["share"] == 0 and table[labels.ANY]["label"]["share"] == 1
+
+    monkeypatch.setattr(ChoosesBadly, "draw", lambda artist, *_, **__: SimpleNamespace(
+        images=[Image.fromarray(artist.known["green thing, flat"])] * 2, candidates=[0, 1]
+    ))  # fmt: skip
+    found, _ = measured(labels, shards, monkeypatch, ChoosesBadly(shards))
+    assert labels.by_group(found)["training captions"][labels.ANY]["label"]["share"] == 0
+
+
 def test_features_are_kept_and_only_for_the_same_pictures(shards, tmp_path):
     labels, cache = benchmark("emoji_labels"), tmp_path / "gallery.npz"
     network = Colours()

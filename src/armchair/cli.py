@@ -224,7 +224,7 @@ def bench(args: argparse.Namespace, what: str) -> None:
     if what == "sampling":
         systems = [weights if weights == "plain" else f"armchair-{weights}" for weights in args.weights]
     systems += [name for names in args.against for name in names.split(",") if name]
-    options = {"precisions": args.precision} if what == "training" else {}
+    options = {"precisions": args.precision or _precisions()} if what == "training" else {}
     found = measure(
         job, systems, args.batch, peer_python=args.peer_python, rounds=args.rounds, say=say, **options
     )
@@ -247,6 +247,17 @@ def bench(args: argparse.Namespace, what: str) -> None:
         print_json(data)
     else:
         print(table(data))
+
+
+def _precisions() -> list[str]:
+    import torch
+
+    from armchair.runtime import has_fast_bfloat16
+
+    if has_fast_bfloat16(torch.device("cpu")):
+        return ["bf16", "fp32"]
+    say("this processor has no bf16: fp32 alone is timed")
+    return ["fp32"]
 
 
 def bench_sampling(args: argparse.Namespace) -> None:
@@ -1073,7 +1084,10 @@ def _bench_sampling_flags(p: argparse.ArgumentParser) -> None:
 
 def _bench_training_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"], help="default: bf16 fp32"
+        "--precision",
+        nargs="+",
+        choices=("bf16", "fp32"),
+        help="default: bf16 fp32, or fp32 on a processor without bf16, which would take hours",
     )
     _bench_flags(p, [4])
 

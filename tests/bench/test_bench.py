@@ -35,6 +35,15 @@ def test_training_is_timed_and_told_as_json(capsys):
     assert row["system"] == "armchair" and row["batch"] == 4 and row["median"] > 0 and row["armchair over it"] == 1
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_training_is_timed_in_bf16_where_the_processor_has_it(has, capsys, monkeypatch):
+    monkeypatch.setattr("armchair.runtime.has_fast_bfloat16", lambda device: has)
+    assert cli.main(["bench", "training", *FLAGS, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["precision"] for row in json.loads(out)["measured"]] == ["bf16", "fp32"][not has :]
+    assert ("this processor has no bf16" in err) == (not has)
+
+
 def test_parts_add_up_to_the_whole():
     with torch.inference_mode():
         engine = decoder(SMALL, prior(SMALL).eval())

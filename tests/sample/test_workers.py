@@ -67,7 +67,8 @@ def test_batches_are_equal_and_keep_every_thread_busy(count, most, threads):
     assert [i for batch in batches for i in batch] == list(range(count))
     sizes = {len(batch) for batch in batches}
     assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 and min(sizes) > 0
-    assert len(batches) == count or len(batches) % threads == 0
+    assert len(batches) % threads == 0 or max(sizes) <= 3
+    assert min(sizes) > 1 or count == 1 or most <= 2
 
 
 @needs_the_library
@@ -84,7 +85,7 @@ def test_codes_are_the_same_with_any_number_of_threads(guidance, threads_used):
             threads_used.clear()
             found.append(draw_codes(engine, text, rows, uniforms[:count], Settings(guidance=guidance)))
             alone = "MainThread 1" if threads == 1 else f"MainThread {threads} shared by {threads}"
-            assert threads_used == {"drawing 1" if min(threads, count) > 1 else alone}
+            assert threads_used == {"drawing 1" if min(threads, count // 2) > 1 else alone}
             assert torch.get_num_threads() == threads
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 

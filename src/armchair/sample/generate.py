@@ -64,9 +64,12 @@ class Decoder(Protocol):
 
 
 def micro_batches(count: int, most: int, threads: int) -> list[range]:
-    """`count` rows as batches of `most` at most, as equal as can be and as many as keep all threads busy."""
+    """`count` rows as batches of `most` at most, as equal as can be and as many as keep all threads busy.
+
+    None has a single row, if there are more: two together take about as long, and threads that share their steps less.
+    """
     batches = math.ceil(count / most)
-    batches = min(count, math.ceil(batches / threads) * threads)
+    batches = min(max(count // 2, 1, batches), math.ceil(batches / threads) * threads)
     return [range(count * i // batches, count * (i + 1) // batches) for i in range(batches)]
 
 
