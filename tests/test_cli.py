@@ -311,6 +311,13 @@ def test_train(run: Run, recipe: Path, pictures: Path) -> None:
     assert json.loads(Path("tuned/recipe.json").read_text())["prior"]["n_layer"] == 2
 
 
+def test_train_offers_the_stages_that_a_run_has(run: Run, recipe: Path) -> None:
+    from armchair.train.run import STAGES
+
+    refused = run("train", recipe, "--stage", "sculpture")
+    assert refused.code == 2 and ", ".join((*STAGES, "all")) in refused.err.replace("'", "")
+
+
 def test_train_a_ranker_and_draw_with_it(run: Run, recipe: Path, pictures: Path) -> None:
     assert_refused(run("train", recipe, "--out", "run", "--stage", "ranker"), "recipe tiny has no ranker")
     fields = yaml.safe_load(recipe.read_text())
