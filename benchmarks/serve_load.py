@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from armchair.bundle import find_bundle, read_bundle
+
 FORMS = ("apple", "heart", "face", "car")
 PROMPTS = [f"{colour} {form}" for colour in ("red", "blue", "purple", "green") for form in FORMS]
 SEEDS = 3
@@ -305,8 +307,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     kinds = ["picture"] * 13 + ["stream"] * 2 + ["edit"]
     asks = sorted({Ask(rng.choice(kinds), p, s) for p in PROMPTS for s in range(SEEDS)}, key=str)
     rng.shuffle(asks)
+    resolution = int(read_bundle(find_bundle(args.model)).info["recipe"]["image_tokenizer"]["resolution"])
     with running(args.model) as (server, port):
-        load = Load(port, args.resolution)
+        load = Load(port, resolution)
 
         def timed(work: Coroutine[Any, Any, Result]) -> Result:
             used = processor_seconds(server)
@@ -346,7 +349,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--resolution", type=int, default=64, help="of the model (default: 64)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--warm", type=float, default=20, help="seconds of the same load before memory is looked at")
