@@ -339,6 +339,26 @@ def test_the_offline_network_tells_pictures_apart_and_leaves_no_trace() -> None:
     assert torch.equal(torch.random.get_rng_state(), state) and len(network.fingerprint) == 16
 
 
+def test_features_are_those_of_all_pictures_at_once() -> None:
+    """A few at a time, each few by a thread of its own."""
+    network, rng = EfficientNetLite0(), np.random.default_rng(1)
+    images = [rng.integers(0, 256, (72, 72, 3), np.uint8) for _ in range(11)]
+    pixels = torch.from_numpy(np.stack([resized(image, 224) for image in images])).permute(0, 3, 1, 2)
+    before, found = torch.get_num_threads(), []
+    with torch.inference_mode():
+        expected = network.network.extract_features((pixels - 127) / 128).mean((2, 3))
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(network.extract(images).features)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1], found[2])
+    for features in found:
+        torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_resizing_is_antialiased_and_in_floating_point() -> None:
     fine = np.zeros((256, 256, 3), np.uint8)
     fine[:, ::2] = 255  # lines of one pixel become grey, and not a pattern

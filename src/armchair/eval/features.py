@@ -1,6 +1,7 @@
 """Networks that pictures are compared through. A figure over features means nothing without the network's name."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from armchair.errors import RequestError
 from armchair.sample.ranker import Ranker
+from armchair.sample.workers import in_order
 
 BATCH = 32
+IN_CACHE = 4  # pictures that a thread has in EfficientNet at once; of 32 each takes 2.5 times as long (one core, EPYC)
 OFFLINE = "efficientnet-lite0"
 
 
@@ -74,13 +77,15 @@ class EfficientNetLite0:
 
     @torch.inference_mode()
     def extract(self, images: Sequence[np.ndarray]) -> Extracted:
-        features = []
-        for start in range(0, len(images), BATCH):
-            pixels = np.stack([resized(image, self.size) for image in images[start : start + BATCH]])
-            x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) - 127) / 128  # as the released network was trained
-            features.append(self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
-        whole = torch.cat(features)
+        pieces = [images[start : start + IN_CACHE] for start in range(0, len(images), IN_CACHE)]
+        whole = torch.cat(list(in_order(self._features, pieces, torch.get_num_threads())))
         return Extracted(whole, self.network._fc(whole))
+
+    @torch.inference_mode()
+    def _features(self, images: Sequence[np.ndarray], _: threading.Event) -> torch.Tensor:
+        pixels = np.stack([resized(image, self.size) for image in images])
+        x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) - 127) / 128  # as the released network was trained
+        return self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
 class TorchScriptNetwork:
