@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from armchair import environment
+from armchair.cli import train_command
 from armchair.errors import ArmchairError, RequestError
 from armchair.runtime import pick_device
 from armchair.train.loop import Interrupted
-from armchair.train.recipe import FitConfig, Recipe, read_recipe
+from armchair.train.recipe import FitConfig, Recipe, parsed_overrides, read_recipe
 from armchair.train.run import start_run
 
 TRIAL = 24  # updates a stage
@@ -120,8 +121,9 @@ def main() -> int | str | None:
     args = parser.parse_args()
     began = time.monotonic()
     deadline = began + 60 * args.minutes
+    environment.for_training()  # as `armchair train` does
     try:
-        own = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in args.set)}
+        own = parsed_overrides(args.set)
         recipe, device = read_recipe(args.recipe, own), pick_device(args.device)
         out = args.out or Path(f"runs/{recipe.name}")
         if out.exists():
@@ -144,7 +146,8 @@ def main() -> int | str | None:
         print(command, flush=True)
         if args.plan:
             return None
-        trained(read_recipe(args.recipe, own | made.overrides), out, device, command, deadline)
+        told = train_command(str(args.recipe), sets)
+        trained(read_recipe(args.recipe, own | made.overrides), out, device, told, deadline)
     except Interrupted as stopped:
         if not out.exists():
             return f"{args.minutes:g} minutes are too few for a trial"

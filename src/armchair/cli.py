@@ -273,28 +273,20 @@ def bench_training(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> int:
     try:
-        import yaml
+        import yaml  # noqa: F401
     except ImportError:
         raise RequestError("training needs more packages: pip install 'armchair[train]'") from None
     from armchair.bundle import find_bundle, read_bundle
     from armchair.runtime import pick_device
     from armchair.train.loop import Interrupted
-    from armchair.train.recipe import read_recipe
+    from armchair.train.recipe import parsed_overrides, read_recipe
     from armchair.train.run import recipe_for_init, start_run
 
     environment.for_training()
     overrides: dict[str, Any] = {}
     if args.data:  # the recipe's own validation pictures are of its own data
         overrides = {"data.train": args.data, "data.val": []}
-    for item in args.set:
-        name, equals, value = item.partition("=")
-        if not (name and equals):
-            raise RequestError(f"--set {item!r}: expected NAME=VALUE, such as prior.n_layer=4")
-        try:
-            overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RequestError(f"--set {item!r}: {value!r} is not a YAML value") from None
-    recipe = read_recipe(Path(args.recipe), overrides)
+    recipe = read_recipe(Path(args.recipe), overrides | parsed_overrides(args.set))
     init = None
     if args.init is not None:
         init = read_bundle(find_bundle(args.init))
@@ -307,7 +299,7 @@ def train(args: argparse.Namespace) -> int:
             folder,
             resume=args.resume,
             report_stream=sys.stderr,
-            command=_train_command(args),
+            command=train_command(args.recipe, args.set, args.data or (), args.init),
             device=device,
             init=init,
             should_stop=should_stop,
@@ -325,16 +317,16 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_command(args: argparse.Namespace) -> str:
+def train_command(recipe: str, sets: Sequence[str], data: Sequence[str] = (), init: str | None = None) -> str:
     """The command that makes such a run again, whatever folders its data lie in here."""
 
     def travelling(text: str) -> str:
         return re.sub(r"(?<![\w.}*-])(?:~|\.{1,2})?/(?:[^/\s,\[\]]+/)*(?=[^/\s,\[\]])", "", text)
 
-    words = ["armchair", "train", travelling(args.recipe)]
-    for flag, values in (("--data", args.data or ()), ("--init", [args.init] if args.init else ())):
+    words = ["armchair", "train", travelling(recipe)]
+    for flag, values in (("--data", data), ("--init", [init] if init else ())):
         words += [flag, *map(travelling, values)] if values else []
-    for item in args.set:
+    for item in sets:
         words += ["--set", travelling(item)]
     return shlex.join(words)
 

@@ -37,11 +37,11 @@ KILLS = 3
 
 
 @pytest.fixture(scope="module")
-def programs() -> Iterator[multiprocessing.context.ForkServerContext]:
+def programs() -> multiprocessing.context.ForkServerContext:
     """Starts processes of their own that have what a run needs imported already: thirteen of them would import it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([start_run.__module__, "torch._dynamo"])  # optimisers import that when they are made
-    yield context
+    return context
 
 
 @contextlib.contextmanager
@@ -49,8 +49,10 @@ def begun(programs: multiprocessing.context.ForkServerContext, run: Path) -> Ite
     """A process that trains, waited for at the end."""
     process = programs.Process(target=train_tiny.main, args=(run,))
     process.start()
-    yield process
-    process.join()
+    try:
+        yield process
+    finally:
+        process.join()
 
 
 def log(run: Path) -> list[dict]:

@@ -93,6 +93,19 @@ def test_what_is_not_done_in_time_goes_on_later(run, within, capsys, monkeypatch
     assert Path("r/bundle").is_dir()
 
 
+def test_a_bundle_names_no_folder_of_its_maker(run, within, tmp_path, monkeypatch):
+    trained, told = within.trained, []
+
+    def noted(recipe, folder, device, command, deadline):
+        told.append(command)
+        if folder.name == "r.trial":
+            trained(recipe, folder, device, command, deadline)
+
+    monkeypatch.setattr(within, "trained", noted)
+    assert run(tmp_path / "tiny.yaml", 5, "--out", "r", "--most", 0.02) is None
+    assert told[-1].startswith("armchair train tiny.yaml --set ")
+
+
 def test_too_few_minutes_and_wrong_recipes_are_told(run):
     assert run("tiny.yaml", 1e-9, "--out", "r") == "1e-09 minutes are too few for a trial"
     assert "no_such_field" in run("tiny.yaml", 5, "--out", "r", "--set", "prior.no_such_field=1")

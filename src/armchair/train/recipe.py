@@ -1,6 +1,7 @@
 """A recipe: one YAML file with everything that is needed to make a bundle again."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,22 @@ class Recipe:
             raise RequestError(
                 f"image_tokenizer: at most 65536 codes can be cached, got {self.image_tokenizer.codebook_size}"
             )
+
+
+def parsed_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """What `--set` takes, `A.B=C` with C in YAML, as dotted names and values. Raises RequestError for anything else."""
+    import yaml  # part of the `train` extra: drawing needs no YAML
+
+    overrides = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise RequestError(f"--set {item!r}: expected NAME=VALUE, such as prior.n_layer=4")
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RequestError(f"--set {item!r}: {value!r} is not a YAML value") from None
+    return overrides
 
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
