@@ -48,7 +48,8 @@ HELD = "held-out pairs, level "
 CHUNK = 128  # pictures read at once
 FRAME = 3  # pixels around a pair of the sheet
 RIGHT, WRONG = (0, 150, 60), (215, 0, 30)
-KINDS = ("best", "first", "round trip", "round trip, true picture left out")  # of pictures that are looked up
+ROUND_TRIP, LEFT_OUT = "round trip", "round trip, true picture left out"
+KINDS = ("best", "first", ROUND_TRIP, LEFT_OUT)  # of pictures that are looked up
 ANY = "any candidate"
 ASKED = ("label", "style", "both")
 
@@ -172,28 +173,29 @@ def measure(
     framed = []
     count = sum(len(lines) for lines, _, _ in groups)
     for lines, part, gallery in groups:
-        images: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+        best: list[np.ndarray] = []
+        returned: list[np.ndarray] = []
+        features: dict[str, list[np.ndarray]] = {"best": [], "first": []}
         borne_by_any: list[dict[str, bool]] = []
         kept: list[int] = []
         own: list[int] = []
         for line in lines:
             drawing = artist.draw(line.prompt, candidates=candidates, seed=seed + len(found) + len(kept))
             kept.append(drawing.candidates[0])
-            images["best"].append(np.asarray(drawing.images[0]))
-            images["first"].append(np.asarray(drawing.images[drawing.candidates.index(0)]))
-            rows, _ = gallery.nearest(unit(network.extract([np.asarray(image) for image in drawing.images]).features))
-            each = [gallery.right(row, lowered(line.pair)) for row in rows]
+            best.append(np.asarray(drawing.images[0]))
+            of_each = unit(network.extract([np.asarray(image) for image in drawing.images]).features)
+            features["best"].append(of_each[0])
+            features["first"].append(of_each[drawing.candidates.index(0)])
+            each = [gallery.right(row, lowered(line.pair)) for row in gallery.nearest(of_each)[0]]
             borne_by_any.append({asked: any(right[asked] for right in each) for asked in ASKED})
             true = true_picture(line, part)
             own.append(gallery.row[part.digests[true]])
             picture = Image.fromarray(square(part.source[true].image, artist.resolution))
-            images["round trip"].append(np.asarray(artist.decode(artist.encode([picture]))[0]))
+            returned.append(np.asarray(artist.decode(artist.encode([picture]))[0]))
             say(f"drawn {len(found) + len(kept)} of {count}")
-        images["round trip, true picture left out"] = images["round trip"]
-        looked_up = {}
-        for kind in KINDS:
-            features = unit(network.extract(images[kind]).features)
-            looked_up[kind] = gallery.nearest(features, own if kind.endswith("left out") else None)
+        looked_up = {kind: gallery.nearest(np.stack(rows)) for kind, rows in features.items()}
+        round_trip = unit(network.extract(returned).features)
+        looked_up |= {ROUND_TRIP: gallery.nearest(round_trip), LEFT_OUT: gallery.nearest(round_trip, own)}
         for i, line in enumerate(lines):
             pair = lowered(line.pair)
             row: dict[str, Any] = {"prompt": line.prompt, "group": line.heading, "candidate": kept[i]}
@@ -205,7 +207,7 @@ def measure(
             found.append({**row, "chance": gallery.chance(pair)})
             source, place = gallery.shown[looked_up["best"][0][i]]
             nearest = square(source[place].image, artist.resolution)
-            framed.append(framed_pair(images["best"][i], nearest, row["best"]["label"]))
+            framed.append(framed_pair(best[i], nearest, row["best"]["label"]))
     return found, framed
 
 

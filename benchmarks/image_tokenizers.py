@@ -49,7 +49,7 @@ from armchair.sample.pipeline import load_artist
 from armchair.sample.ranker import load_ranker
 from armchair.train.image_tokenizer import code_figures, fixed_images
 from armchair.train.perceptual import Perceptual
-from armchair.train.recipe import Recipe, read_recipe
+from armchair.train.recipe import Recipe, parsed_overrides, read_recipe
 from armchair.train.run import VALIDATION_IMAGES, Run, start_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -248,12 +248,6 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    import yaml
-
-    def field(text: str) -> tuple[str, Any]:
-        name, _, value = text.partition("=")
-        return name, yaml.safe_load(value)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="as above; all where none is named")
     parser.add_argument("--data", nargs="+", required=True, help="training pictures, as `armchair train` takes them")
@@ -263,12 +257,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--perceptual-weight", type=float, default=1.0)
     parser.add_argument("--ranker", default="emoji", help="a bundle whose ranker judges drawings; `none`: nobody does")
-    parser.add_argument("--set", nargs="+", type=field, default=[], metavar="A.B=C", help="fields of all recipes")
+    parser.add_argument("--set", nargs="+", default=[], metavar="A.B=C", help="fields of all recipes")
     parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
     args = parser.parse_args()
-    args.set, args.ranker = dict(args.set), None if args.ranker == "none" else args.ranker
+    args.ranker = None if args.ranker == "none" else args.ranker
     variants = args.variants or list(VARIANTS)
     try:
+        args.set = parsed_overrides(args.set)
         for variant in variants:  # a wrong name or field shows before hours have gone by
             recipe_of(variant, args, 0, 1, 1)
         if args.ranker is not None and args.prior_minutes:

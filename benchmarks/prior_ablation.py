@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from armchair.config import from_dict, to_dict, with_overrides
@@ -48,7 +47,7 @@ from armchair.text.bpe import TextTokenizer
 from armchair.train.checkpoint import checkpoints
 from armchair.train.loop import fit
 from armchair.train.prior import PriorStage
-from armchair.train.recipe import Recipe
+from armchair.train.recipe import Recipe, parsed_overrides
 from armchair.train.report import Report
 
 CPU = torch.device("cpu")
@@ -251,8 +250,7 @@ def open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def ablate(args: argparse.Namespace) -> None:
     material = read_run(args.run)
-    changes = dict(_pair(text) for text in args.set)
-    recipe = from_dict(Recipe, with_overrides(to_dict(material.recipe), changes))
+    recipe = from_dict(Recipe, with_overrides(to_dict(material.recipe), parsed_overrides(args.set)))
     compared = variants(recipe)
     if unknown := [name for name in args.variants if name not in compared]:
         raise RequestError(f"no variant {unknown[0]!r}: take of {', '.join(compared)}")
@@ -279,13 +277,6 @@ def ablate(args: argparse.Namespace) -> None:
     print()
     for row in summary(results["rows"]):
         print(in_words(row))
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RequestError(f"--set {text}: expected NAME=VALUE")
-    return name, yaml.safe_load(value)
 
 
 def main() -> None:
