@@ -301,6 +301,39 @@ def test_labels_of_a_bundle_are_measured_and_shown(found_labels, bundle):
         assert sheet.width > 4 * 2 * SIDE
 
 
+def test_what_tells_a_right_candidate_from_a_wrong_one_is_found():
+    choice, g = benchmark("emoji_choice"), np.random.default_rng(0)
+    right = g.random((300, 8)) < 0.2
+    signals = g.normal(size=(300, 8, len(choice.SIGNALS)))
+    signals[..., 0] += 5 * right  # knows
+    signals[..., 1] += g.normal(size=(300, 1)) * 50  # another level for each prompt says nothing
+    found = choice.told(signals, right)
+    best, blind = found["any candidate"]["share"], found["mean candidate"]["share"]
+    assert best == right.any(1).mean() and blind == pytest.approx(0.2, abs=0.03)
+    assert found["cosine"]["share"] > best - 0.02 and found["cosine"]["correlation"] > 0.8
+    for name in choice.SIGNALS[1:]:
+        assert abs(found[name]["correlation"]) < 0.08 and abs(found[name]["share"] - blind) < 0.1
+
+
+def test_candidates_of_captions_outside_the_list_are_measured(bundle, shards, tmp_path, monkeypatch, capsys):
+    choice = benchmark("emoji_choice")
+    (tmp_path / "list.txt").write_text("# plain\nred thing, flat\n")
+    monkeypatch.setattr(choice, "PROMPTS", tmp_path / "list.txt")
+    monkeypatch.setattr(choice, "EfficientNetLite0", Colours)
+    flags = ["--prompts", 3, "--candidates", 4, "--data", shards, "--json", tmp_path / "choice.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["", bundle, *flags])))
+    choice.main()
+    found = json.loads((tmp_path / "choice.json").read_text())
+    assert found["prompts"] == 3 and set(choice.SIGNALS) < set(found)
+    assert found["any candidate"]["share"] >= found["mean candidate"]["share"] > 0
+    assert "information" in capsys.readouterr().out
+    icons = choice.read_icons(shards)
+    chosen = [icon.label for icon in choice.choose(icons, {"red thing"}, 3)]
+    assert len(set(chosen)) == 3 and "red thing" not in chosen
+    toned = [choice.Icon(f"{i}: dark skin tone", "flat", "") for i in range(9)]
+    assert sum("tone" in icon.label for icon in choice.choose([*icons, *toned], set(), 6)) <= 2
+
+
 def test_a_sheet_of_a_list_shows_the_best_of_the_candidates(bundle, tmp_path, monkeypatch):
     sheet = benchmark("emoji_sheet")
     (tmp_path / "list.txt").write_text("# training\na red thing\n# held out, level L\na heart, flat\n")
