@@ -7,6 +7,9 @@ them after a few hundred updates.
 
 - `ground`: a picture's commonest code; `first`: the first other one, where an object begins; `rest`: the others.
 - Pairs: the same for scenes with one object of each held-out pair of form and colour.
+- Words swapped: how many bits a picture with two objects costs more, given its prompt with two colours or two forms
+  swapped, and how often it costs more. A model that knows which words there are, and not which belong together, is at 0
+  and half of the time.
 - Codes by how often they occur in `--count` scenes of training: bits a code that is not ground.
 """
 
@@ -16,12 +19,14 @@ from collections import defaultdict
 import numpy as np
 from PIL import Image
 
+from armchair.clip.negatives import NearMisses
 from armchair.eval.likelihood import token_nats
 from armchair.sample.pipeline import Artist, load_artist
 from armchair.shapes.captions import prompts
-from armchair.shapes.world import HELD_FORM_COLOUR, Scene, render, scene
+from armchair.shapes.world import COLOURS, FORMS, HELD_FORM_COLOUR, Scene, render, scene
 
 ROWS = (("val", 1), ("val", 2), ("held-form-colour", 1), ("held-form-colour", 2))
+SWAPS = NearMisses([FORMS, tuple(COLOURS)])
 RARE = (0, 100, 300, 1000)  # bounds of how often a code occurs, in 10 million codes
 
 
@@ -38,6 +43,18 @@ def parts(codes: np.ndarray) -> dict[str, np.ndarray]:
     drawn = codes != common[:, None]
     first = drawn & (drawn.cumsum(1) == 1)
     return {"ground": ~drawn, "first": first, "rest": drawn & ~first}
+
+
+def bits_of(artist: Artist, texts: list[str], codes: np.ndarray) -> np.ndarray:
+    """(scenes, N)"""
+    return token_nats(artist, texts, codes)[1].cpu().numpy() / np.log(2)
+
+
+def swapped(artist: Artist, texts: list[str], codes: np.ndarray, bits: np.ndarray) -> str:
+    """Of scenes with two objects, which differ in form or in colour; `bits` (scenes, N) are those with their texts."""
+    more = bits_of(artist, [SWAPS.swaps(text)[0] for text in texts], codes).sum(1) - bits.sum(1)
+    dearer = f"dearer {(more > 0).mean():.3f} of the time"
+    return f"{'  words swapped':<22} {len(more):5d} pictures  all {more.mean():+6.1f}  {dearer}"
 
 
 def line(name: str, bits: np.ndarray, masks: dict[str, np.ndarray]) -> str:
@@ -60,11 +77,13 @@ def main() -> None:
         scenes = [scene(i, split=split, objects=objects) for i in range(args.scenes)]
         codes = codes_of(artist, scenes)
         texts = [p.text for p in prompts(len(scenes), split=split, objects=objects)]
-        bits = token_nats(artist, texts, codes)[1].cpu().numpy() / np.log(2)
+        bits = bits_of(artist, texts, codes)
         masks = parts(codes)
         print(line(f"{split} {objects}", bits, masks), flush=True)
         drawn = ~masks["ground"]
         rare[f"{split} {objects}"] = (often[codes[drawn]], bits[drawn])
+        if objects == 2:
+            print(swapped(artist, texts, codes, bits), flush=True)
         if (split, objects) != ("held-form-colour", 1):
             continue
         of = defaultdict(list)
