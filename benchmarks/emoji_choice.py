@@ -29,13 +29,12 @@ import torch
 from armchair.data.sources import DataConfig, data_home, open_source
 from armchair.eval.features import EfficientNetLite0, FeatureNetwork
 from armchair.eval.likelihood import token_nats
-from armchair.sample.pipeline import Artist, load_artist
-from armchair.shapes.accuracy import wilson
+from armchair.sample.pipeline import Artist
 
 sys.path.insert(0, str(Path(__file__).parent))
-from emoji_labels import Gallery, lowered, read_pictures, unit  # noqa: E402
-from emoji_lists import PROMPTS, TONE, Icon, in_hash_order, read_icons, read_list  # noqa: E402
-from shapes_ranker import parts  # noqa: E402
+from emoji_labels import Gallery, lowered, ranking_artist, read_pictures, telling, unit_features  # noqa: E402
+from emoji_lists import PROMPTS, TONE, Icon, icons_of, in_hash_order, read_list  # noqa: E402
+from shapes_ranker import parts, share  # noqa: E402
 
 SIGNALS = ("cosine", "captioner", "naturalness", "likelihood", "information", "score")
 
@@ -70,7 +69,7 @@ def measure(
         nats = token_nats(artist, [icon.prompt] * candidates, drawing.codes)[1].cpu()
         likelihood = -nats.mean(1) / math.log(2)
         told = [cosine, captioner, naturalness, likelihood, likelihood - naturalness, torch.tensor(drawing.scores)]
-        rows, _ = gallery.nearest(unit(network.extract([np.asarray(image) for image in drawing.images]).features))
+        rows, _ = gallery.nearest(unit_features(network, drawing.images))
         order = np.argsort(drawing.candidates)  # not best first, as ties would go to the score
         signals.append(torch.stack(told, 1).numpy()[order])
         right.append(np.array([gallery.right(row, lowered((icon.label, icon.style)))["label"] for row in rows])[order])
@@ -81,17 +80,13 @@ def measure(
 def told(signals: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     """Shares and correlations, as above."""
     count = len(right)
-
-    def share(hits: np.ndarray) -> dict[str, Any]:
-        return {"share": float(hits.mean()), "interval": wilson(int(hits.sum()), count)}
-
     found: dict[str, Any] = {"prompts": count, "mean candidate": {"share": float(right.mean())}}
-    found["any candidate"] = share(right.any(1))
+    found["any candidate"] = share(int(right.any(1).sum()), count)
     of_right = right - right.mean(1, keepdims=True)
     for i, name in enumerate(SIGNALS):
         x = signals[..., i] - signals[..., i].mean(1, keepdims=True)
         scale = math.sqrt(float((x**2).sum() * (of_right**2).sum()))
-        chosen = share(right[np.arange(count), signals[..., i].argmax(1)])
+        chosen = share(int(right[np.arange(count), signals[..., i].argmax(1)].sum()), count)
         found[name] = {**chosen, "correlation": float((x * of_right).sum()) / scale if scale else 0.0}
     return found
 
@@ -105,17 +100,11 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, metavar="FILE", help="as of emoji_labels.py")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    began = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"\r{time.perf_counter() - began:5.0f} s  {text:60}", end="", file=sys.stderr, flush=True)
-
-    artist, network = load_artist(args.model, "cpu"), EfficientNetLite0()
-    if artist.ranker is None:
-        parser.error(f"{args.model} has no ranker")
+    say = telling(time.perf_counter())
+    artist, network = ranking_artist(parser, args.model), EfficientNetLite0()
     source = open_source([str(args.data / "train-*.tar")], DataConfig())
     gallery = Gallery([read_pictures(source, network, artist.resolution, args.cache, say)])
-    icons = choose(read_icons(args.data), {line.pair[0] for line in read_list(PROMPTS)}, args.prompts)
+    icons = choose(icons_of(source), {line.pair[0] for line in read_list(PROMPTS)}, args.prompts)
     found = told(*measure(artist, network, gallery, icons, args.candidates, say))
     print(file=sys.stderr)
     for name, row in found.items():

@@ -116,6 +116,28 @@ def unit(features: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(features, dim=1).numpy()
 
 
+def unit_features(network: FeatureNetwork, images: Sequence[np.ndarray | Image.Image]) -> np.ndarray:
+    """(M, F) of length one."""
+    return unit(network.extract([np.asarray(image) for image in images]).features)
+
+
+def telling(began: float) -> Callable[[str], None]:
+    """What says how far it is, on a line that is written over."""
+
+    def say(text: str) -> None:
+        print(f"\r{time.perf_counter() - began:5.0f} s  {text:60}", end="", file=sys.stderr, flush=True)
+
+    return say
+
+
+def ranking_artist(parser: argparse.ArgumentParser, model: str) -> Artist:
+    """Ends the program for a model without a ranker."""
+    artist = load_artist(model, "cpu")
+    if artist.ranker is None:
+        parser.error(f"{model} has no ranker")
+    return artist
+
+
 def read_pictures(
     source: Source,
     network: FeatureNetwork,
@@ -137,7 +159,7 @@ def read_pictures(
     features, digests = [], []
     for start in range(0, len(source), CHUNK):
         images = [square(source[i].image, resolution) for i in range(start, min(start + CHUNK, len(source)))]
-        features.append(unit(network.extract(images).features))
+        features.append(unit_features(network, images))
         digests += [digest([image.tobytes()]) for image in images]
         say(f"features of {len(digests)} of {len(source)} pictures")
     whole = np.concatenate(features)
@@ -183,7 +205,7 @@ def measure(
             drawing = artist.draw(line.prompt, candidates=candidates, seed=seed + len(found) + len(kept))
             kept.append(drawing.candidates[0])
             best.append(np.asarray(drawing.images[0]))
-            of_each = unit(network.extract([np.asarray(image) for image in drawing.images]).features)
+            of_each = unit_features(network, drawing.images)
             features["best"].append(of_each[0])
             features["first"].append(of_each[drawing.candidates.index(0)])
             each = [gallery.right(row, lowered(line.pair)) for row in gallery.nearest(of_each)[0]]
@@ -194,7 +216,7 @@ def measure(
             returned.append(np.asarray(artist.decode(artist.encode([picture]))[0]))
             say(f"drawn {len(found) + len(kept)} of {count}")
         looked_up = {kind: gallery.nearest(np.stack(rows)) for kind, rows in features.items()}
-        round_trip = unit(network.extract(returned).features)
+        round_trip = unit_features(network, returned)
         looked_up |= {ROUND_TRIP: gallery.nearest(round_trip), LEFT_OUT: gallery.nearest(round_trip, own)}
         for i, line in enumerate(lines):
             pair = lowered(line.pair)
@@ -258,13 +280,8 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="each drawing beside the picture nearest to it")
     args = parser.parse_args()
     began = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"\r{time.perf_counter() - began:5.0f} s  {text:60}", end="", file=sys.stderr, flush=True)
-
-    artist, network = load_artist(args.model, "cpu"), EfficientNetLite0()
-    if artist.ranker is None:
-        parser.error(f"{args.model} has no ranker")
+    say = telling(began)
+    artist, network = ranking_artist(parser, args.model), EfficientNetLite0()
     lines = read_list(args.list)
     train_source, held_source = (
         open_source([str(args.data / shards)], DataConfig()) for shards in ("train-*.tar", "heldout-*.tar")

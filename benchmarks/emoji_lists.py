@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from armchair.data.emoji_heldout import HELDOUT
-from armchair.data.sources import DataConfig, data_home, open_source
+from armchair.data.sources import DataConfig, Source, data_home, open_source
 
 HERE = Path(__file__).parent
 PROMPTS, SHEET = HERE / "emoji_prompts.txt", HERE / "emoji_sheet_prompts.txt"
@@ -56,7 +56,10 @@ class Line(NamedTuple):
 
 def read_icons(folder: Path) -> list[Icon]:
     """What is said of each training picture of the set in FOLDER."""
-    source = open_source([str(folder / "train-*.tar")], DataConfig())
+    return icons_of(open_source([str(folder / "train-*.tar")], DataConfig()))
+
+
+def icons_of(source: Source) -> list[Icon]:
     fields = [source.fields(i) for i in range(len(source))]
     return [Icon(f["label"], f["style"], f["group"].lower()) for f in fields]
 

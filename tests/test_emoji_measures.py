@@ -327,7 +327,7 @@ def test_candidates_of_captions_outside_the_list_are_measured(bundle, shards, tm
     assert found["prompts"] == 3 and set(choice.SIGNALS) < set(found)
     assert found["any candidate"]["share"] >= found["mean candidate"]["share"] > 0
     assert "information" in capsys.readouterr().out
-    icons = choice.read_icons(shards)
+    icons = lists().read_icons(shards)
     chosen = [icon.label for icon in choice.choose(icons, {"red thing"}, 3)]
     assert len(set(chosen)) == 3 and "red thing" not in chosen
     toned = [choice.Icon(f"{i}: dark skin tone", "flat", "") for i in range(9)]
