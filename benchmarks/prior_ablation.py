@@ -59,6 +59,7 @@ OPTIONS: dict[str, tuple[str, Any, Any]] = {
     "rms": ("prior.norm", "layer", "rms"),
     "swiglu": ("prior.mlp", "gelu", "swiglu"),
     "qk-norm": ("prior.qk_norm", False, True),
+    "text-conv": ("prior.text_conv", 0, 4),
     "rotary": ("prior.rotary", False, True),
     "tied": ("prior.tied", False, True),
     "code-features": ("prior.code_features", 0, 512),

@@ -90,6 +90,12 @@ def test_a_turned_product_depends_on_how_far_apart_two_places_are():
     assert len(means) == 81 and min(b - a for a, b in zip(means, means[1:], strict=False)) > 0  # each its own
 
 
+def test_a_share_of_the_pairs_turns_as_a_smaller_head_would_and_the_rest_stays():
+    angles = rotary_angles(5, 16, 0.5)
+    assert angles.shape == (25, 8) and torch.equal(angles[:, :4], rotary_angles(5, 8)) and not angles[:, 4:].any()
+    assert rotary_angles(5, 16, 0.01)[:, :2].any()  # never none
+
+
 def test_turning_is_a_product_with_a_complex_number_and_so_is_its_gradient():
     g = tiny.seeded()
     x, angles, weight = (torch.randn(*shape, generator=g) for shape in ((2, 3, 7, 8), (7, 4), (2, 3, 7, 8)))

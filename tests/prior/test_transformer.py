@@ -12,7 +12,7 @@ import tiny
 from armchair.errors import RequestError
 from armchair.prior.attention import PATTERNS, stream_mask
 from armchair.prior.sequence import StreamShape, null_text, stream_loss, text_input_ids
-from armchair.prior.transformer import Dropout, Prior, PriorConfig, lookalikes
+from armchair.prior.transformer import Dropout, Prior, PriorConfig, lookalikes, with_words_before
 from armchair.train.muon import MuonAdamW
 from armchair.train.optim import parameter_groups
 
@@ -208,6 +208,29 @@ def test_heads_that_two_axes_cannot_share_are_refused():
         tiny.prior(tiny.shape(), "full", width=12, rotary=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_conv": 1}, "text_conv: 1 is the word alone; take 0 for none, or at least 2"),
+        ({"text_conv": -1}, "text_conv: expected at least 0, got -1"),
+        ({"rotary_share": 0.0}, "rotary_share: expected more than 0 and at most 1, got 0.0"),
+        ({"rotary_share": 1.5}, "rotary_share: expected more than 0 and at most 1, got 1.5"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(RequestError, match=message):
+        PriorConfig(**options)
+
+
+def test_a_word_has_those_before_it_in_its_vector_and_no_others():
+    x, gains = torch.randn(2, 5, 3, generator=tiny.seeded()), torch.randn(3, 3, generator=tiny.seeded(1))
+    found = with_words_before(x, gains)
+    torch.testing.assert_close(found[:, 0], x[:, 0])
+    torch.testing.assert_close(found[:, 1], x[:, 1] + gains[0] * x[:, 0])
+    torch.testing.assert_close(found[:, 4], x[:, 4] + gains[0] * x[:, 3] + gains[1] * x[:, 2] + gains[2] * x[:, 1])
+    assert torch.equal(with_words_before(x[:, :2], gains), found[:, :2])  # a caption shorter than what is looked at
+
+
 # What the blocks are.
 
 
@@ -230,6 +253,11 @@ def literal(model: Prior, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     places = w["row_embedding.weight"][:, None] + w["column_embedding.weight"][None]
     image = w["image_embedding.weight"][codes[:, :-1]] + places.flatten(0, 1)[:-1]
     words = w["text_embedding.weight"][text_input_ids(text, stream)] + w["text_position.weight"]
+    if config.text_conv:
+        plain = words.clone()
+        for position in range(t + 1):
+            for back in range(1, min(config.text_conv - 1, position) + 1):
+                words[:, position] = words[:, position] + w["text_conv"][back - 1] * plain[:, position - back]
     x = torch.cat([words, image], 1)
     for i, pattern in enumerate(config.patterns):
         block = f"blocks.{i}"

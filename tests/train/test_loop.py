@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -324,6 +325,25 @@ def test_dropout_differs_by_step_and_part_and_is_not_there_in_validation():
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3  # what is left is noise
     stage.config = replace(stage.config, code_noise=0.0)
     assert loss(0, 0) == loss(0, 1) == loss(1, 0)
+
+
+def test_the_first_updates_look_at_a_part_of_each_picture_and_the_others_at_all():
+    stage = prior_stage(2, steps=6)
+    stage.config = replace(stage.config, thinned=0.5, thinned_codes=7)
+    stage.model = tiny.prior(stage.model.shape, "full")
+    part, looked_at = next(stage.batches(0)), []
+    states = stage.model.states
+
+    def watched(*args, **options):
+        looked_at.append(states(*args, **options))
+        return looked_at[-1]
+
+    with mock.patch.object(stage.model, "states", watched), torch.no_grad():
+        losses = [float(stage.loss(part, step, number)[0]) for step in (0, 2, 3, 5) for number in (0, 1)]
+        assert losses[0] == float(stage.loss(part, 0, 0)[0])
+    text = stage.model.shape.text_length
+    assert [x.shape[1] - text for x in looked_at] == 4 * [7] + 4 * [16] + [7]
+    assert len(set(losses[:4])) == 4 and len(set(losses[4:])) == 1  # other codes in each update and part
 
 
 def test_smoothing_changes_what_is_minimised_and_not_what_is_told():

@@ -118,6 +118,10 @@ def test_overrides_are_dotted_names(small):
         ({"prior_training.code_dropout": -0.1}, r"prior_training: code_dropout: expected 0 or more and less than 1"),
         ({"prior_training.label_smoothing": 1.0}, r"label_smoothing: expected 0 or more and less than 1, got 1\.0"),
         ({"prior_training.lr_width": 0}, r"prior_training: lr_width: expected at least 1, got 0"),
+        (
+            {"prior_training.thinned": 0.5, "prior.attention": ["full", "row"]},
+            r"prior_training\.thinned: codes can be left out where all layers have full attention",
+        ),
         ({"prior.norm": "batch"}, r"prior: norm: unknown 'batch': valid names: layer, rms"),
         ({"prior.mlp": "swigl"}, r"prior: mlp: unknown 'swigl': did you mean 'swiglu'"),
         ({"prior.qk_norm": "rms"}, r"prior\.qk_norm: expected bool, got 'rms'"),

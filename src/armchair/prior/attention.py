@@ -5,6 +5,7 @@ image token sees the whole text. Image tokens are counted by raster index j = ro
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from armchair.attention import QueryBlock, SparseBlocks, masked_scores
@@ -101,16 +102,18 @@ def quicker_blocks(pattern: str, text_length: int, grid: int) -> SparseBlocks | 
     return blocks if blocks.scores <= (1 - LEAST_SAVED) * masked_scores(text_length + grid**2) else None
 
 
-def rotary_angles(grid: int, size: int) -> Tensor:
+def rotary_angles(grid: int, size: int, share: float = 1.0) -> Tensor:
     """(N, size / 2): how far pairs of numbers of a head of `size` turn for each place of the grid.
 
     The first half turns with the row and the second with the column, at speeds from 1 down to 1/32 of a radian a step
     (Su et al., "RoFormer", 2021, on two axes), so that the product of a query and a key depends on how far apart their
-    places are.
+    places are. With a `share` below 1 so many of the pairs do, and the others, which come last, do not turn (Black et
+    al., "GPT-NeoX-20B", 2022): what is matched by them is matched from every place alike.
     """
-    speeds = torch.logspace(0, -1.5, size // 4)
+    speeds = torch.logspace(0, -1.5, max(1, round(share * (size // 4))))
     row, column = torch.arange(grid**2).div(grid, rounding_mode="floor"), torch.arange(grid**2) % grid
-    return torch.cat([row[:, None] * speeds, column[:, None] * speeds], 1)
+    angles = torch.cat([row[:, None] * speeds, column[:, None] * speeds], 1)
+    return F.pad(angles, (0, size // 2 - angles.shape[1]))
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:

@@ -107,19 +107,28 @@ def stream_loss_of_states(
     codes: Tensor,
     text_weight: float = 1 / 8,
     label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> StreamLoss:
     """`stream_loss` of the logits that the heads make of states (B, L, D), of which a chunk is there at a time.
 
-    heads: that of the text, on the first T positions, and that of the image, on the others.
+    heads: that of the text, on the first T positions, and that of the image, on the others. weights: (B, N), how much
+    each image token counts, 1 on average; none: all alike.
     """
     t, (text_head, image_head) = text_tokens.shape[1], heads
     text, _ = head_cross_entropies(states[:, :t].flatten(0, 1), text_head, text_tokens.flatten())
-    image, plain = head_cross_entropies(states[:, t:].flatten(0, 1), image_head, codes.flatten(), label_smoothing)
+    shares = None if weights is None else weights.flatten() / weights.numel()
+    image, plain = head_cross_entropies(
+        states[:, t:].flatten(0, 1), image_head, codes.flatten(), label_smoothing, shares
+    )
     return StreamLoss(text_weight * text + (1 - text_weight) * image, text, plain if label_smoothing else image)
 
 
-def head_cross_entropies(states: Tensor, head: Head, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def head_cross_entropies(
+    states: Tensor, head: Head, targets: Tensor, smoothing: float = 0.0, shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`cross_entropies` of the logits that a head makes of states (M, D), without ever holding all of these.
+
+    shares: (M,), what each counts of the mean; none: 1 / M.
 
     Products are in the type that autocast asks for, or else in that of the states; sums over rows are in 32 bits.
     """
@@ -128,7 +137,7 @@ def head_cross_entropies(states: Tensor, head: Head, targets: Tensor, smoothing:
     dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in (states, *head))
     with torch.autocast(device, enabled=False):
-        return _HeadCrossEntropies.apply(states, *head, targets, smoothing, dtype, learned)
+        return _HeadCrossEntropies.apply(states, *head, targets, smoothing, shares, dtype, learned)
 
 
 def cross_entropies(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -180,8 +189,8 @@ class _HeadCrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, dtype: torch.dtype,
-        learned: bool,
+        ctx, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, shares: Tensor | None,
+        dtype: torch.dtype, learned: bool,
     ):  # fmt: skip
         count, size = len(states), HEAD_ROWS.get(states.device.type, HEAD_ROWS["cuda"])
         x, w, b = (tensor.detach().to(dtype) for tensor in (states, weight, bias))
@@ -206,7 +215,7 @@ class _HeadCrossEntropies(torch.autograd.Function):
                     p.scatter_add_(1, t, p.new_full(t.shape, smoothing - 1.0))
                     if smoothing:
                         p.sub_(smoothing / p.shape[1])
-                    db += p.mul_(1 / count).sum(0)
+                    db += p.mul_(1 / count if shares is None else shares[here, None]).sum(0)
                     logits[block] = p
             if dx is not None and dw is not None:
                 torch.mm(logits, w, out=dx[rows])
@@ -217,14 +226,14 @@ class _HeadCrossEntropies(torch.autograd.Function):
         if dx is not None and dw is not None and db is not None:
             ctx.save_for_backward(dx, dw, db)
         ctx.types = states.dtype, weight.dtype, bias.dtype
-        plain = nll.mean()
+        plain, spread = (x.mean() if shares is None else x @ shares for x in (nll, spread))
         ctx.mark_non_differentiable(plain)
-        return plain + smoothing * spread.mean() if smoothing else plain.clone(), plain
+        return plain + smoothing * spread if smoothing else plain.clone(), plain
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         gradients = ((grad * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.types, strict=True))
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _row_blocks(x: Tensor) -> list[slice]:

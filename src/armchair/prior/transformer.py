@@ -66,7 +66,9 @@ class PriorConfig:
     attention: tuple[str, ...] = ("row", "column", "row", "row")  # repeated over the layers
     last_attention: str | None = "convolutional"  # the last layer's pattern, where it differs
     code_features: int = 0  # hidden units of `CodeVectors`; 0: a code has only the vectors it learns for itself (paper)
+    text_conv: int = 0  # words that a word has in its own vector, itself among them (`with_words_before`); paper: none
     rotary: bool = False  # whether queries and keys turn by row and column; paper: no
+    rotary_share: float = 1.0  # of a head that turns
     norm: str = "layer"  # or "rms": by the root mean square alone, nothing subtracted and no bias
     mlp: str = "gelu"  # or "swiglu": hidden units gated by others, as many of both as make the parameters the same
     qk_norm: bool = False  # whether the queries and the keys of a head are normalised; paper: no
@@ -75,9 +77,11 @@ class PriorConfig:
     def __post_init__(self) -> None:
         for name, valid in (("kind", ("transformer",)), ("norm", NORMS), ("mlp", MLPS)):
             check_name(name, getattr(self, name), valid)
-        for name, least in (("d_model", 1), ("n_layer", 1), ("n_head", 1), ("code_features", 0)):
+        for name, least in (("d_model", 1), ("n_layer", 1), ("n_head", 1), ("code_features", 0), ("text_conv", 0)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.text_conv == 1:
+            raise RequestError("text_conv: 1 is the word alone; take 0 for none, or at least 2")
         if self.d_model % self.n_head:
             raise RequestError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
         if self.rotary and self.d_model // self.n_head % 4:
@@ -86,6 +90,8 @@ class PriorConfig:
         if self.tied and self.code_features:
             raise RequestError("tied: code_features makes vectors for codes that come in and others for those that go "
                                "out; take one of the two")  # fmt: skip
+        if not 0 < self.rotary_share <= 1:
+            raise RequestError(f"rotary_share: expected more than 0 and at most 1, got {self.rotary_share}")
         if not self.attention:
             raise RequestError("attention: expected at least one pattern")
         for pattern in self.patterns:
@@ -230,14 +236,29 @@ class CodeVectors(nn.Module):
         return self.out(F.gelu(self.hidden(self.codebook)))
 
 
-def stream_angles(shape: StreamShape, size: int) -> tuple[Tensor, Tensor]:
-    """How far heads of `size` turn at each position: queries and keys, (L, E / 2) each.
+def stream_angles(shape: StreamShape, config: PriorConfig) -> tuple[Tensor, Tensor]:
+    """How far heads turn at each position: queries and keys, (L, E / 2) each.
 
     A query stands where the code that it helps to predict will be, a key where its own code is; in the text, and at the
     first code, nothing turns. Position T + j predicts code j and holds code j - 1.
     """
-    angles, t = rotary_angles(shape.grid, size), shape.text_length
+    angles = rotary_angles(shape.grid, config.d_model // config.n_head, config.rotary_share)
+    t = shape.text_length
     return F.pad(angles, (0, 0, t, 0)), F.pad(angles[:-1], (0, 0, t + 1, 0))
+
+
+def with_words_before(x: Tensor, gains: Tensor) -> Tensor:
+    """Captions' vectors, (B, T+1, D), each plus those of the words before it times gains (W-1, D), the nearest's first.
+
+    A causal depthwise convolution whose tap at the word itself is one. Which words belong together stands side by side
+    in a caption; with this, attention can ask for "what follows red" in one layer, where it otherwise takes two that
+    have to find each other (as keys with some of the key before do: Olsson et al., "In-context Learning and Induction
+    Heads", 2022, "smeared keys"; in every layer: So et al., "Primer", 2021).
+    """
+    found = x.clone()
+    for back, gain in enumerate(gains, 1):
+        found[:, back:] += gain * x[:, :-back]
+    return found
 
 
 def cell_positions(rows: Tensor, columns: Tensor) -> Tensor:
@@ -307,10 +328,12 @@ class Prior(nn.Module):
                 raise RequestError("code_features: the image tokenizer has no vector for each of its codes")
             self.code_inputs = CodeVectors(codebook, config.code_features, d)
             self.code_outputs = CodeVectors(codebook, config.code_features, d)
+        if config.text_conv:
+            self.text_conv = nn.Parameter(torch.empty(config.text_conv - 1, d))
         self.query_angles: Tensor
         self.key_angles: Tensor
         if config.rotary:
-            query_angles, key_angles = stream_angles(shape, d // config.n_head)
+            query_angles, key_angles = stream_angles(shape, config)
             self.register_buffer("query_angles", query_angles, persistent=False)
             self.register_buffer("key_angles", key_angles, persistent=False)
         for pattern in set(config.patterns):
@@ -334,6 +357,8 @@ class Prior(nn.Module):
             nn.init.zeros_(block.mlp_out.weight)
         nn.init.zeros_(self.text_head.weight)
         nn.init.zeros_(self.image_head.weight)
+        if self.config.text_conv:
+            nn.init.normal_(self.text_conv, std=0.5)  # by channel, so that which word came when is told from the first
         if self.config.tied:
             nn.init.normal_(self.image_embedding.weight, std=0.02)  # as a head it should say little at first
         if self.code_inputs is None or self.code_outputs is None:
@@ -383,8 +408,13 @@ class Prior(nn.Module):
         codes: Tensor,
         dropout: Dropout | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """What the heads are given, (B, L, D), as in `forward`. A loss of them need not hold all logits at once."""
+        """What the heads are given, (B, L, D), as in `forward`. A loss of them need not hold all logits at once.
+
+        places: (B, M) ascending, the image tokens to predict, where that is not all of them: (B, T + M, D). Of the
+        codes those before these are seen, by layers of full attention.
+        """
         seen = codes[:, :-1]
         tokens = seen if dropout is None else dropout.of_tokens(seen)
         image = F.embedding(tokens, self._input_table())
@@ -392,11 +422,20 @@ class Prior(nn.Module):
             image = dropout.of_codes(image)
         image = image + self._positions()[: codes.shape[1] - 1]
         x = torch.cat([self._embed_text(text_tokens), image], dim=1)  # (B, L, D)
+        angles = (self.query_angles, self.key_angles) if self.config.rotary else None
+        if places is not None:
+            if set(self.config.patterns) != {"full"}:
+                raise RequestError("places: some codes can be left out where all layers have full attention alone")
+            t = self.shape.text_length
+            kept = torch.cat([torch.arange(t, device=x.device).expand(len(x), t), t + places], 1)  # (B, T + M)
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+            angles = None if angles is None else (angles[0][kept][:, None], angles[1][kept][:, None])
         for layer, (block, pattern) in enumerate(zip(self.blocks, self.config.patterns, strict=True)):
-            mask = getattr(self, f"mask_{pattern}")
+            # A part of the stream sees what the same number of positions at its start do, where attention is full.
+            mask = getattr(self, f"mask_{pattern}")[: x.shape[1], : x.shape[1]]
             q, k, v = block.attention.heads(block.attention_norm(x))
-            if self.config.rotary:
-                q, k = turn(q, self.query_angles), turn(k, self.key_angles)
+            if angles is not None:
+                q, k = (turn(heads, by) for heads, by in zip((q, k), angles, strict=True))
             if watch is not None:
                 watch(layer, attention_shares(q, k, mask))
             a = block.attention.merge(attend(q, k, v, mask, sparse=self.sparse[pattern]))
@@ -488,7 +527,8 @@ class Prior(nn.Module):
         return [self.decode_steps(*step) for step in steps]
 
     def _embed_text(self, text_tokens: Tensor) -> Tensor:
-        return self.text_embedding(text_input_ids(text_tokens, self.shape)) + self.text_position.weight
+        words = self.text_embedding(text_input_ids(text_tokens, self.shape)) + self.text_position.weight
+        return with_words_before(words, self.text_conv) if self.config.text_conv else words
 
     def _positions(self) -> Tensor:
         """(N, D)"""

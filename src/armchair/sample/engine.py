@@ -35,6 +35,7 @@ from armchair.prior.transformer import (
     PromptCache,
     cell_positions,
     stream_angles,
+    with_words_before,
 )
 from armchair.sample import native
 from armchair.sample.native import NativeStep
@@ -245,7 +246,7 @@ class Engine:
         self.config, self.weights = source.config, weights
         self.turns: tuple[Tensor, Tensor] | None = None
         if self.config.rotary:
-            angles = torch.stack(stream_angles(self.shape, self.config.d_model // self.config.n_head), 1)
+            angles = torch.stack(stream_angles(self.shape, self.config), 1)
             angles = angles[:, None, :, None]  # (L, 1, 2, 1, E / 2)
             self.turns = angles.cos(), angles.sin()
         self.native = self._compiled(tensors)
@@ -283,6 +284,7 @@ class Engine:
         # Tables may have 16 bits, and lie in a mapped file: of what is looked up, the sum with its position has 32.
         self.text_embedding, self.code_embedding = tensors["text_embedding.weight"], tensors["image_embedding.weight"]
         self.text_position = tensors["text_position.weight"].float()
+        self.text_conv = tensors["text_conv"].float() if self.config.text_conv else None
         rows, columns = (tensors[f"{name}_embedding.weight"].float() for name in ("row", "column"))
         self.positions = cell_positions(rows, columns)  # (N, D)
         self.places = Places(self.config.patterns, self.shape, everything=False)
@@ -321,6 +323,8 @@ class Engine:
     def prefill(self, text_tokens: Tensor) -> PromptCache:
         """Read captions (B, T); `logits` (B, K) are those of the first image token."""
         x = F.embedding(text_input_ids(text_tokens, self.shape), self.text_embedding) + self.text_position
+        if self.text_conv is not None:
+            x = with_words_before(x, self.text_conv)
         rows, length, width = x.shape
         x = x.flatten(0, 1)  # (B (T+1), D)
         keys, values = [], []

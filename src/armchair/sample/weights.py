@@ -148,6 +148,8 @@ def _sizes(config: PriorConfig, shape: StreamShape) -> dict[str, tuple[int, ...]
     tables = {"text_embedding": texts + shape.text_length + 1, "text_position": shape.text_length + 1}
     tables |= {"image_embedding": shape.codebook_size, "row_embedding": shape.grid, "column_embedding": shape.grid}
     sizes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, d) for name, rows in tables.items()}
+    if config.text_conv:
+        sizes["text_conv"] = (config.text_conv - 1, d)
     linear, norms = {"text_head": (texts + 1, d), "image_head": (shape.codebook_size, d)}, ["norm"]
     gains: dict[str, tuple[int, ...]] = {}
     for i in range(config.n_layer):

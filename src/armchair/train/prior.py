@@ -18,6 +18,7 @@ from armchair.image.network import ImageTokenizer
 from armchair.image.pixels import to_pil
 from armchair.image.sheet import contact_sheet
 from armchair.prior.sequence import stream_loss_of_states
+from armchair.prior.thinning import Thinned, thinned
 from armchair.prior.transformer import Dropout, Prior, lookalikes
 from armchair.runtime import generator, stream_seed
 from armchair.sample.engine import Engine, default_weights
@@ -82,10 +83,21 @@ class PriorStage:
 
     def loss(self, batch: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         text, codes = batch
-        states = self.model.states(text, codes, self._dropout(step, part, codes.device))
+        part_of = self._thinned(codes, step, part)
+        places, weights = (None, None) if part_of is None else part_of
+        states = self.model.states(text, codes, self._dropout(step, part, codes.device), places=places)
+        targets = codes if places is None else codes.gather(1, places)
         weight, smoothing = self.config.text_weight, self.config.label_smoothing
-        loss = stream_loss_of_states(states, self.model.heads(), text, codes, weight, smoothing)
+        loss = stream_loss_of_states(states, self.model.heads(), text, targets, weight, smoothing, weights)
         return loss.loss, _figures(loss.text.detach(), loss.image.detach())
+
+    def _thinned(self, codes: Tensor, step: int, part: int) -> Thinned | None:
+        """The part of the pictures (B, N) that an update looks at; none: all."""
+        config, shape = self.config, self.model.shape
+        if step >= round(config.thinned * config.steps):
+            return None
+        own = generator(self.recipe.seed, self.name, "thinned", step, part, device=codes.device)
+        return thinned(codes, shape.grid, min(config.thinned_codes, shape.image_length), own)
 
     def _dropout(self, step: int, part: int, device: torch.device) -> Dropout | None:
         config = self.config

@@ -173,6 +173,8 @@ class PriorTraining(FitConfig):
     dropout: float = 0.0  # share of what a block adds that is left out, against learning few pictures by heart
     code_dropout: float = 0.0  # share of codes that those after them do not see, so that more is left to the caption
     code_noise: float = 0.0  # share of codes that those after them see as another that looks like it
+    thinned: float = 0.0  # share of the updates, the first ones, that look at a part of each picture's codes
+    thinned_codes: int = 96  # how many, see `armchair.prior.thinning`
     label_smoothing: float = 0.0  # share of a code's target that goes to all codes alike
     lr_width: int = BASE_WIDTH  # the width at which `lr` is stated
     views: int = 1  # times each image is encoded: once as it is, the rest with random crops
@@ -186,7 +188,9 @@ class PriorTraining(FitConfig):
         super().__post_init__()
         if self.lr_width < 1:
             raise RequestError(f"lr_width: expected at least 1, got {self.lr_width}")
-        for name in ("dropout", "code_dropout", "code_noise", "label_smoothing"):
+        if self.thinned_codes < 3:  # the first, one where something goes on, and a plain one
+            raise RequestError(f"thinned_codes: expected at least 3, got {self.thinned_codes}")
+        for name in ("dropout", "code_dropout", "code_noise", "thinned", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
 
@@ -280,6 +284,11 @@ class Recipe:
         if kind != "dvae" and self.autoencoder_training is not None:
             raise RequestError(
                 f"autoencoder_training is a start for a dVAE, and image_tokenizer.kind is {kind!r}: set it to null"
+            )
+        if self.prior_training.thinned and set(self.prior.patterns) != {"full"}:
+            raise RequestError(
+                "prior_training.thinned: codes can be left out where all layers have full attention; set "
+                "prior.attention to [full] and prior.last_attention to null, or thinned to 0"
             )
         if (self.ranker is None) != (self.ranker_training is None):
             raise RequestError("ranker and ranker_training belong together: give both or neither")

@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 TOKENIZERS = ("text_tokenizer", "image_tokenizer")
 # The parts of a prior that speak of a tokenizer's entries: with another tokenizer they start anew.
 PRIOR_TABLES = {
-    "text_tokenizer": ("text_embedding.", "text_position.", "text_head."),
+    "text_tokenizer": ("text_embedding.", "text_position.", "text_conv", "text_head."),
     "image_tokenizer": (
         "image_embedding.", "row_embedding.", "column_embedding.", "image_head.", "code_inputs.", "code_outputs.",
     ),
