@@ -62,18 +62,19 @@ def shape(grid: int = 4, text_length: int = 5, vocab: int = 11, codebook: int = 
     return StreamShape(text_vocab_size=vocab, text_length=text_length, codebook_size=codebook, grid=grid)
 
 
-# What a block can be beside the paper's: each alone, and together.
+# What a block can be beside the paper's: each alone, and together with what a caption and a head can be.
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "text_conv": {"text_conv": 3},
     "rotary": {"rotary": True},
-    "rotary_share": {"rotary": True, "rotary_share": 0.5},
     "rms": {"norm": "rms"},
     "swiglu": {"mlp": "swiglu"},
     "qk_norm": {"qk_norm": True},
     "tied": {"tied": True},
-    "all": {"text_conv": 4, "rotary": True, "norm": "rms", "mlp": "swiglu", "qk_norm": True, "tied": True},
-}
+    "all": {
+        "text_conv": 4, "rotary": True, "rotary_share": 0.5, "norm": "rms", "mlp": "swiglu", "qk_norm": True,
+        "tied": True,
+    },
+}  # fmt: skip
 
 
 def prior(

@@ -284,10 +284,13 @@ def literal(model: Prior, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return linear("text_head", x[:, :t]), F.linear(x[:, t:], head, w["image_head.bias"])
 
 
-@pytest.mark.parametrize("name", [name for name, options in tiny.OPTIONS.items() if not options.get("rotary")])
-def test_the_blocks_are_the_formulas(name):
+UNTURNED = {name: options for name, options in tiny.OPTIONS.items() if not options.get("rotary")}
+
+
+@pytest.mark.parametrize("options", [*UNTURNED.values(), {"text_conv": 3}], ids=[*UNTURNED, "text_conv"])
+def test_the_blocks_are_the_formulas(options):
     stream = tiny.shape()
-    model = tiny.prior(stream, *PATTERNS, **tiny.OPTIONS[name])
+    model = tiny.prior(stream, *PATTERNS, **options)
     text, codes = tiny.texts(2, stream), tiny.codes(2, stream)
     with torch.no_grad():
         for found, expected in zip(model(text, codes), literal(model, text, codes), strict=True):
