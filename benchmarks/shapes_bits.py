@@ -22,7 +22,7 @@ from PIL import Image
 
 from armchair.clip.negatives import NearMisses
 from armchair.eval.likelihood import token_nats
-from armchair.prior.thinning import goes_on
+from armchair.prior.thinning import busy_places
 from armchair.sample.pipeline import Artist, load_artist
 from armchair.shapes.captions import prompts
 from armchair.shapes.world import COLOURS, FORMS, HELD_FORM_COLOUR, Scene, render, scene
@@ -73,7 +73,7 @@ def main() -> None:
     artist = load_artist(args.model)
     seen = codes_of(artist, [scene(i) for i in range(args.count)])
     often = np.bincount(seen.flatten(), minlength=artist.image_tokenizer.codebook_size) * (10_000_000 / seen.size)
-    moving = goes_on(torch.from_numpy(seen), round(seen.shape[1] ** 0.5)).sum(1).float().mean()
+    moving = busy_places(torch.from_numpy(seen), round(seen.shape[1] ** 0.5)).sum(1).float().mean()
     print(f"{moving:.1f} codes of {seen.shape[1]} are another than a neighbour before them")
     print("bits a picture")
     rare = {}

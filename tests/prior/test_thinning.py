@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import tiny
 from armchair.errors import RequestError
 from armchair.prior.sequence import stream_loss_of_states
-from armchair.prior.thinning import goes_on, thinned
+from armchair.prior.thinning import busy_places, thinned
 from armchair.train.recipe import PriorTraining
 
 sides = st.integers(1, 6)
@@ -24,9 +24,9 @@ def drawn(grid: int, colours: int, seed: int, pictures: int = 3) -> torch.Tensor
 
 @settings(max_examples=40)
 @given(grid=sides, colours=st.integers(1, 3), seed=st.integers(0, 99))
-def test_something_goes_on_where_a_code_is_another_than_one_before_it_nearby(grid, colours, seed):
+def test_something_busy_places_where_a_code_is_another_than_one_before_it_nearby(grid, colours, seed):
     codes = drawn(grid, colours, seed)
-    found = goes_on(codes, grid)
+    found = busy_places(codes, grid)
     for picture, busy in zip(codes.tolist(), found.tolist(), strict=True):
         for j, code in enumerate(picture):
             row, column = divmod(j, grid)
@@ -43,7 +43,7 @@ def test_a_part_is_in_order_has_no_place_twice_and_counts_for_the_whole(grid, co
     places, weights = thinned(codes, grid, count, tiny.seeded(seed))
     assert places.shape == weights.shape == (3, count)
     assert (places[:, 0] == 0).all() and (places.diff() > 0).all() and (places < n).all()
-    busy = goes_on(codes, grid)
+    busy = busy_places(codes, grid)
     busy[:, 0] = False
     taken = busy.gather(1, places)
     for kind, mine in ((busy, taken), (~busy, ~taken)):

@@ -22,11 +22,11 @@ class Thinned(NamedTuple):
     weights: Tensor  # (B, M) how many tokens each stands for; they come to N on average
 
 
-def goes_on(codes: Tensor, grid: int) -> Tensor:
+def busy_places(codes: Tensor, grid: int) -> Tensor:
     """(B, N) -> bool (B, N): where a code is not the one of all its neighbours that come before it.
 
-    These are left, above, and above to both sides. It is known from codes up to that place, so that which places were
-    taken tells a model nothing of what comes after.
+    These are left, above, and above to both sides. It is known from codes up to that place: that one was taken tells a
+    model nothing of what comes after. (How many plain ones were taken depends on the whole picture, and tells a little.)
     """
     rows = codes.unflatten(1, (grid, grid))
     padded = F.pad(rows, (1, 1, 1, 0), value=-1)
@@ -39,7 +39,7 @@ def thinned(codes: Tensor, grid: int, count: int, generator: torch.Generator) ->
 
     Where there are too many of the former, they are drawn by lot too.
     """
-    busy = goes_on(codes, grid)
+    busy = busy_places(codes, grid)
     busy[:, 0] = False
     lots = torch.rand(codes.shape, generator=generator, device=codes.device)
     lots[:, 0] = 2.0
