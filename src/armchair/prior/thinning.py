@@ -26,7 +26,7 @@ def busy_places(codes: Tensor, grid: int) -> Tensor:
     """(B, N) -> bool (B, N): where a code is not the one of all its neighbours that come before it.
 
     These are left, above, and above to both sides. It is known from codes up to that place: that one was taken tells a
-    model nothing of what comes after. (How many plain ones were taken depends on the whole picture, and tells a little.)
+    model nothing of what comes after. (How many plain ones were depends on the whole picture, and tells a little.)
     """
     rows = codes.unflatten(1, (grid, grid))
     padded = F.pad(rows, (1, 1, 1, 0), value=-1)
