@@ -105,6 +105,11 @@ class PriorConfig:
             p[-1] = self.last_attention
         return tuple(p)
 
+    @property
+    def full(self) -> bool:
+        """Whether every layer sees all codes before it, so that some can be left out (`armchair.prior.thinning`)."""
+        return set(self.patterns) == {"full"}
+
     def folded(self) -> "PriorConfig":
         """That of the model with its codes' vectors written out (`Prior.folded`)."""
         return replace(self, code_features=0, tied=False)
@@ -424,7 +429,7 @@ class Prior(nn.Module):
         x = torch.cat([self._embed_text(text_tokens), image], dim=1)  # (B, L, D)
         angles = (self.query_angles, self.key_angles) if self.config.rotary else None
         if places is not None:
-            if set(self.config.patterns) != {"full"}:
+            if not self.config.full:
                 raise RequestError("places: some codes can be left out where all layers have full attention alone")
             t = self.shape.text_length
             kept = torch.cat([torch.arange(t, device=x.device).expand(len(x), t), t + places], 1)  # (B, T + M)

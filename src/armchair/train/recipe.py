@@ -285,7 +285,7 @@ class Recipe:
             raise RequestError(
                 f"autoencoder_training is a start for a dVAE, and image_tokenizer.kind is {kind!r}: set it to null"
             )
-        if self.prior_training.thinned and set(self.prior.patterns) != {"full"}:
+        if self.prior_training.thinned and not self.prior.full:
             raise RequestError(
                 "prior_training.thinned: codes can be left out where all layers have full attention; set "
                 "prior.attention to [full] and prior.last_attention to null, or thinned to 0"
